@@ -1,0 +1,1 @@
+"""Plain PyTorch forward and backward of every operator: the definition of correct."""

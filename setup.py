@@ -1,0 +1,52 @@
+"""Builds the C++ (and, beside nvcc, CUDA) extension `lorasp._C`; metadata lives in pyproject.toml.
+
+Without torch in the build environment or without a C++ compiler the package installs as pure Python and its reference
+backend is in charge (`python -m lorasp info` says so). A compiler whose build fails stops the installation.
+"""
+
+import os
+import shutil
+import sys
+from glob import glob
+
+from setuptools import setup
+
+
+def extensions():
+    try:
+        import torch
+        from torch.utils import cpp_extension
+    except ImportError:
+        print("lorasp: torch is not importable here: installing without the C++ extension", file=sys.stderr)
+        return [], {}
+    compiler = os.environ.get("CXX") or "c++"
+    if shutil.which(compiler.split()[0]) is None and (os.environ.get("CXX") or shutil.which("g++") is None):
+        print(f"lorasp: no C++ compiler ({compiler}): installing without the C++ extension", file=sys.stderr)
+        return [], {}
+    sources = sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp"))
+    # -fopenmp at compile time only: the runtime must be the one libtorch_cpu already loads.
+    flags = {"cxx": ["-O3", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall"]}
+    kind = cpp_extension.CppExtension
+    # CUDA sources are compiled where nvcc and a CUDA build of torch meet, whether or not a GPU is present.
+    cuda_sources = sorted(glob("csrc/cuda/*.cu"))
+    if cuda_sources and cpp_extension.CUDA_HOME and torch.version.cuda:
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0a;10.0;12.0+PTX")
+        kind, sources = cpp_extension.CUDAExtension, sources + cuda_sources
+        flags["nvcc"] = ["-O3", "--use_fast_math"]
+    extension = kind(
+        "lorasp._C",
+        sources,
+        include_dirs=[os.path.join(os.path.dirname(os.path.abspath(__file__)), "csrc")],
+        extra_compile_args=flags,
+    )
+    return [extension], {"build_ext": cpp_extension.BuildExtension}
+
+
+ext_modules, cmdclass = extensions()
+setup(
+    packages=["lorasp", "lorasp.ops", "lorasp.reference", "lorasp.triton_kernels"],
+    package_dir={"lorasp.triton_kernels": "triton_kernels"},
+    package_data={"lorasp.triton_kernels": ["configs/*.json"]},
+    ext_modules=ext_modules,
+    cmdclass=cmdclass,
+)
