@@ -1,0 +1,24 @@
+"""lorasp: fused LoRA kernels for PyTorch, with a pure-PyTorch reference behind every operator."""
+
+from lorasp.checkpoint import load_adapter, save_adapter
+from lorasp.config import LoRAConfig
+from lorasp.functional import PackedWeight, lora_linear, pack_weight
+from lorasp.inject import InjectReport, inject
+from lorasp.nn import LoRALinear
+from lorasp.ops.registry import available_backends, use_backend
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "InjectReport",
+    "LoRAConfig",
+    "LoRALinear",
+    "PackedWeight",
+    "available_backends",
+    "inject",
+    "load_adapter",
+    "lora_linear",
+    "pack_weight",
+    "save_adapter",
+    "use_backend",
+]

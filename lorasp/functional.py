@@ -1,0 +1,155 @@
+"""Public functions: validate, choose a backend, call the operator."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lorasp import rng
+from lorasp.ops import registry
+from lorasp.ops.lora_linear import LoRALinearFunction
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class PackedWeight(NamedTuple):
+    """A frozen weight (N, K) in the CPU kernels' own layout, for the forward and for the backward product."""
+
+    forward: Tensor
+    backward: Tensor
+
+
+def pack_weight(weight: Tensor) -> PackedWeight:
+    """Pack a frozen CPU weight (N, K), fp32 or bf16, for both directions: two more copies of it.
+
+    Raises ValueError where the C++ backend has no packed layout for this dtype on this CPU.
+    """
+    reason = registry.unsupported("cpp", weight.device.type, weight.dtype)
+    if reason is not None:
+        raise ValueError(f"pack_weight: {reason}")
+    pack = torch.ops.lorasp.pack_weight_cpp
+    return PackedWeight(pack(weight.detach(), False), pack(weight.detach(), True))
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """What torch.nn.functional.linear would compute in: autocast's dtype where it applies, else x's."""
+    device_type = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device_type):
+        return x.dtype
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
+
+
+def _check_tensor(name: str, tensor: Tensor, shape: tuple, wanted: str, dtypes: tuple, device: torch.device) -> None:
+    """shape: sizes, None where any size >= 1 will do; wanted: the shape in words."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"lora_linear: {name} must be a Tensor, got {type(tensor).__name__}")
+    sizes = tensor.shape
+    fits = len(sizes) == len(shape) and all(
+        have == want if want is not None else have >= 1 for have, want in zip(sizes, shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(f"lora_linear: {name} must be {wanted}, got {tuple(sizes)}")
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"lora_linear: {name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"lora_linear: {name} must be on {device} like x, got {tensor.device}")
+
+
+def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    if seed is None:
+        return rng.draw_seed(device)
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.ndim != 0 or seed.device != device:
+            raise ValueError(
+                f"lora_linear: seed must be an int or a 0-d int64 tensor on {device}, "
+                f"got {seed.dtype} {tuple(seed.shape)} on {seed.device}"
+            )
+        return seed
+    if not isinstance(seed, int | torch.SymInt) or isinstance(seed, bool):
+        raise TypeError(f"lora_linear: seed must be an int or a 0-d int64 tensor, got {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"lora_linear: seed must be in [-2^63, 2^63), got {seed}")
+    return torch.full((), seed, dtype=torch.int64, device=device)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    mask_A: Tensor | None = None,
+    mask_B: Tensor | None = None,
+    plan: str = "auto",
+    packed: PackedWeight | None = None,
+) -> Tensor:
+    """y = x W^T + bias + s (D o x) A^T B^T, frozen product and low-rank update in one operator.
+
+    x (..., K), weight (N, K), bias (N,), lora_A (R, K), lora_B (N, R) -> y (..., N), any R >= 1, any leading shape,
+    any strides. D keeps an element of x with probability 1 - t/65536, t = round(65536 dropout_p), and rescales it by
+    65536/(65536 - t); it is regenerated in backward from `seed` (int or 0-d int64 tensor; None draws one from torch's
+    generator), never stored. scale: s, in PEFT lora_alpha / r.
+
+    dtypes: x, weight and bias in one of float64 (reference backend), float32, bfloat16, float16; lora_A and lora_B in
+    the same or in float32 (masters; their gradients stay float32). Under autocast it computes what
+    torch.nn.functional.linear computes, and saves the uncast x and weight.
+
+    Gradients flow to whatever requires them. Backward keeps x only if lora_A or weight trains and x A^T (M, R) only if
+    lora_B trains (LoRA-FA: freeze lora_A). mask_A (R, K), mask_B (N, R), bool: False entries receive exactly zero
+    gradient. plan forces how the backend orders the work (addmm, fused, onepass); packed: see pack_weight.
+
+    Raises TypeError and ValueError for arguments that do not fit, RuntimeError for second derivatives.
+    Source: LoRA arXiv 2106.09685 eq. 3; LoRA-FA arXiv 2308.03303 section 3.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"lora_linear: x must be a Tensor, got {type(x).__name__}")
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"lora_linear: x must be {', '.join(map(str, _DTYPES))}, got {x.dtype}")
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(f"lora_linear: x must be (..., K) with K >= 1, got {tuple(x.shape)}")
+    device, dtype = x.device, _compute_dtype(x)
+    k = x.shape[-1]
+    # Autocast takes any floating input but float64, as it does for F.linear.
+    inputs = (x.dtype,) if dtype == x.dtype == torch.float64 or not _autocast_applies(x) else _DTYPES[1:]
+    low_rank = inputs if torch.float32 in inputs or dtype == torch.float64 else (*inputs, torch.float32)
+    _check_tensor("weight", weight, (None, k), f"(N, {k})", inputs, device)
+    n = weight.shape[0]
+    _check_tensor("lora_A", lora_A, (None, k), f"(R, {k}) with R >= 1", low_rank, device)
+    r = lora_A.shape[0]
+    _check_tensor("lora_B", lora_B, (n, r), f"({n}, {r})", low_rank, device)
+    if bias is not None:
+        _check_tensor("bias", bias, (n,), f"({n},)", inputs, device)
+    if mask_A is not None:
+        _check_tensor("mask_A", mask_A, (r, k), f"({r}, {k})", (torch.bool,), device)
+    if mask_B is not None:
+        _check_tensor("mask_B", mask_B, (n, r), f"({n}, {r})", (torch.bool,), device)
+    if not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise ValueError(f"lora_linear: scale must be a finite number, got {scale!r}")
+    if not isinstance(dropout_p, int | float) or not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"lora_linear: dropout_p must be in [0, 1), got {dropout_p!r}")
+    if rng.threshold(dropout_p) == 65536:
+        raise ValueError(f"lora_linear: dropout_p must be below 1 - 2^-17 (16-bit masks), got {dropout_p!r}")
+    if plan not in registry.PLANS:
+        raise ValueError(f"lora_linear: plan must be one of {', '.join(registry.PLANS)}, got {plan!r}")
+    dropping = rng.threshold(dropout_p) > 0
+    return LoRALinearFunction.apply(
+        x, weight, bias, _low_rank(lora_A, dtype), _low_rank(lora_B, dtype), mask_A, mask_B,
+        _seed_tensor(seed, device) if dropping else None, *(packed or (None, None)), float(scale),
+        float(dropout_p) if dropping else 0.0, 0, dtype, registry.choose("lora_linear", device.type, dtype),
+        registry.choose_plan(plan),
+    )  # fmt: skip
+
+
+def _autocast_applies(x: Tensor) -> bool:
+    device_type = x.device.type
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def _low_rank(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """lora_A, lora_B as the kernels take them: the compute dtype or fp32; other halves (autocast) are converted."""
+    return tensor if tensor.dtype in (dtype, torch.float32) else tensor.to(dtype)

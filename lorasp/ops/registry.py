@@ -1,0 +1,138 @@
+"""How an operator is declared once and bound to its backends, and how a backend is chosen.
+
+Every (operator, direction, backend) is a raw op of its own, `lorasp::<name>_<backend>`, so that opcheck, tests and
+benchmarks reach each one. The choice is made here, in Python: dispatch keys know only devices and cannot express a
+forced reference, fp64, or interpreted Triton on CPU tensors.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable, Iterator
+
+import torch
+
+BACKENDS = ("reference", "cpp", "triton", "cuda")
+PLANS = ("auto", "addmm", "fused", "onepass")
+
+_library = torch.library.Library("lorasp", "FRAGMENT")
+_HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+
+# Plain module globals: dynamo guards them, while a ContextVar breaks fullgraph.
+_forced_backend: str | None = None
+_forced_plan: str | None = None
+
+
+def _load_extension() -> str | None:
+    """Import lorasp._C where it was built. None, or the reason why it was not; a broken binary raises."""
+    if importlib.util.find_spec("lorasp._C") is not None:
+        try:
+            importlib.import_module("lorasp._C")
+        except ImportError as error:
+            raise ImportError(
+                f"lorasp: the built C++ extension does not load ({error}); rebuild it against this torch "
+                f"({torch.__version__}) with `pip install --no-build-isolation --force-reinstall --no-deps lorasp`"
+            ) from error
+        return None
+    if shutil.which(os.environ.get("CXX", "c++")) is None and shutil.which("g++") is None:
+        return "not built: no C++ compiler on this machine"
+    return "not built: install with `pip install --no-build-isolation` (torch, ninja and pybind11 present)"
+
+
+_cpp_missing = _load_extension()
+_cuda_missing = "not built: lorasp has no CUDA C++ kernels yet"
+_triton_installed = importlib.util.find_spec("triton") is not None
+_triton_interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _triton_missing() -> str | None:
+    if not _triton_installed:
+        return "triton is not installed"
+    if _triton_interpreted or torch.cuda.is_available():
+        return None
+    return "no GPU (set TRITON_INTERPRET=1 to run the kernels on CPU tensors, slowly)"
+
+
+def available_backends() -> dict[str, str | None]:
+    """Backend name -> None where it can run on this machine, else the reason why not."""
+    return {"reference": None, "cpp": _cpp_missing, "triton": _triton_missing(), "cuda": _cuda_missing}
+
+
+@contextlib.contextmanager
+def use_backend(name: str, plan: str | None = None) -> Iterator[None]:
+    """Force backend `name` (and plan `plan`) inside the `with` block; "auto" gives the choice back.
+
+    A forced backend that lacks a device, a dtype or a feature raises; it never falls back. The backend is remembered
+    for the backward pass, which may run outside the block. Raises ValueError for an unknown or unavailable one.
+    """
+    global _forced_backend, _forced_plan
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"use_backend: name must be one of auto, {', '.join(BACKENDS)}, got {name!r}")
+    if plan is not None and plan not in PLANS:
+        raise ValueError(f"use_backend: plan must be one of {', '.join(PLANS)}, got {plan!r}")
+    reason = available_backends().get(name)
+    if reason is not None:
+        raise ValueError(f"use_backend: {name} is not available: {reason}")
+    before = _forced_backend, _forced_plan
+    _forced_backend, _forced_plan = None if name == "auto" else name, plan
+    try:
+        yield
+    finally:
+        _forced_backend, _forced_plan = before
+
+
+def unsupported(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why `backend` cannot compute in `dtype` on `device_type`; None where it can."""
+    if backend == "reference":
+        return None
+    if dtype not in _HALF_AND_SINGLE:
+        return f"{backend} does not compute in {dtype}"
+    if backend == "cpp":
+        return _cpp_missing or (None if device_type == "cpu" else f"cpp runs on cpu, not on {device_type}")
+    if backend == "cuda":
+        return _cuda_missing
+    if not _triton_installed:
+        return "triton is not installed"
+    if device_type == "cpu":
+        if not _triton_interpreted:
+            return "triton takes cpu tensors only under TRITON_INTERPRET=1"
+        return "tl.dot on bfloat16 is wrong in Triton's interpreter" if dtype == torch.bfloat16 else None
+    return None if device_type == "cuda" else f"triton runs on cuda, not on {device_type}"
+
+
+def choose(operator: str, device_type: str, dtype: torch.dtype) -> str:
+    """The backend that serves `operator` in `dtype` on `device_type`: the forced one, else the best available.
+
+    Raises ValueError if a forced backend cannot.
+    """
+    if _forced_backend is not None:
+        reason = unsupported(_forced_backend, device_type, dtype)
+        if reason is not None:
+            raise ValueError(f"{operator}: the forced backend cannot serve this call: {reason}")
+        return _forced_backend
+    best = {"cpu": "cpp", "cuda": "triton"}.get(device_type, "reference")
+    return best if unsupported(best, device_type, dtype) is None else "reference"
+
+
+def choose_plan(plan: str) -> str:
+    """The plan of this call: its own, else the one forced by use_backend, else auto."""
+    return _forced_plan if plan == "auto" and _forced_plan is not None else plan
+
+
+def declare(name: str, schema: str, fake: Callable, implementations: dict[str, Callable]) -> dict[str, Callable]:
+    """Define `lorasp::<name>_<backend>` for every backend and return them, backend -> op.
+
+    schema: arguments and returns; fake: shapes and dtypes; implementations: the Python ones, backend -> function (a
+    compiled backend registers its own kernels for the same schema).
+    """
+    ops = {}
+    for backend in ("reference", "cpp", "triton"):
+        qualified = f"{name}_{backend}"
+        _library.define(f"{qualified}{schema}")
+        torch.library.register_fake(f"lorasp::{qualified}", fake, lib=_library)
+        if backend in implementations:
+            _library.impl(qualified, implementations[backend], "CompositeExplicitAutograd")
+        ops[backend] = getattr(torch.ops.lorasp, qualified).default
+    return ops
