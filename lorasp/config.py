@@ -1,0 +1,211 @@
+"""LoRAConfig: what to adapt and how, in PEFT's words; validated when it is made."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from numbers import Real
+
+import torch
+
+INITS = (True, False, "gaussian")
+BIASES = ("none", "all", "lora_only")
+ALL_LINEAR = "all-linear"
+
+
+def check_adapter(
+    where: str,
+    *,
+    r: int,
+    lora_alpha: float,
+    lora_dropout: float,
+    freeze_A: bool,
+    use_rslora: bool,
+    init_lora_weights: bool | str,
+    prepack: bool,
+    adapter_dtype: torch.dtype | None,
+) -> None:
+    """Raise TypeError or ValueError, naming `where`, unless these describe one adapter."""
+    _check_rank(where, "r", r)
+    _check_alpha(where, "lora_alpha", lora_alpha)
+    if not _is_number(lora_dropout) or not 0.0 <= lora_dropout < 1.0:
+        raise ValueError(f"{where}: lora_dropout must be in [0, 1), got {lora_dropout!r}")
+    for name, value in (("freeze_A", freeze_A), ("use_rslora", use_rslora), ("prepack", prepack)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{where}: {name} must be a bool, got {value!r}")
+    if init_lora_weights not in INITS or isinstance(init_lora_weights, int) != isinstance(init_lora_weights, bool):
+        raise ValueError(f"{where}: init_lora_weights must be True, False or 'gaussian', got {init_lora_weights!r}")
+    if adapter_dtype not in (None, torch.float32):
+        raise ValueError(
+            f"{where}: adapter_dtype must be None (as the weight) or torch.float32 (masters), got {adapter_dtype!r}"
+        )
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_rank(where: str, name: str, value) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{where}: {name} must be an int >= 1, got {value!r}")
+
+
+def _check_alpha(where: str, name: str, value) -> None:
+    if not _is_number(value):
+        raise ValueError(f"{where}: {name} must be a finite number, got {value!r}")
+
+
+def _check_regex(name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"LoRAConfig: {name} must be a regular expression, got {pattern!r} ({error})") from None
+
+
+def _names(name: str, value, *, regex: bool) -> str | tuple[str, ...] | None:
+    """A list of names as a tuple (sets sorted); a str as it is where a regular expression is allowed."""
+    if value is None:
+        return None
+    if isinstance(value, str) and regex:
+        if value.lower() != ALL_LINEAR:
+            _check_regex(name, value)
+        return value
+    if isinstance(value, str) or not isinstance(value, Sequence | set | frozenset):
+        kind = "a str or a list of str" if regex else "a list of str"
+        raise TypeError(f"LoRAConfig: {name} must be {kind}, got {value!r}")
+    values = tuple(sorted(value) if isinstance(value, set | frozenset) else value)
+    if not all(isinstance(item, str) and item for item in values):
+        raise TypeError(f"LoRAConfig: {name} must hold non-empty strings, got {list(values)!r}")
+    return values
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """One LoRA adapter: s B A beside each targeted weight, s = lora_alpha / r (lora_alpha / sqrt(r) with use_rslora).
+
+    r, lora_alpha, lora_dropout, use_rslora: of every layer; rank_pattern, alpha_pattern {regex: value} override r and
+        lora_alpha where the regex matches the end of a module's name, the first match winning.
+    target_modules: a list matches names or ends of names ("q_proj" fits "model.layers.0.q_proj"), a str is matched by
+        re.fullmatch, "all-linear" takes every linear layer but the output head. exclude_modules: likewise, left out.
+    layers_to_transform, layers_pattern: only layers with these indices (the number after the first "<layers_pattern>.",
+        by default after any name); with a list of target_modules.
+    modules_to_save: modules, by the end of their name, that train in full and are saved with the adapter.
+    bias: which biases train and are saved: "none", "all", "lora_only" (those of adapted layers).
+    init_lora_weights: True A kaiming_uniform(a = sqrt 5) and B zero; "gaussian" A normal(0, 1/r) and B zero; False both
+        kaiming_uniform, so that the adapter is not zero at the start.
+    freeze_A: LoRA-FA: A is a buffer that never trains, and backward keeps x A^T instead of x.
+    prepack: CPU: also keep each frozen weight in the kernels' own layout, for two more copies of it.
+    adapter_dtype: None keeps A and B in their weight's dtype; torch.float32 keeps masters over a half-precision weight.
+
+    Names and meanings are those of peft.LoraConfig but for the last three. Construction raises ValueError or TypeError.
+    Sources: LoRA arXiv 2106.09685; LoRA-FA arXiv 2308.03303; rsLoRA arXiv 2312.03732.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    target_modules: str | Sequence[str] | None = None
+    exclude_modules: str | Sequence[str] | None = None
+    use_rslora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
+    modules_to_save: Sequence[str] | None = None
+    bias: str = "none"
+    init_lora_weights: bool | str = True
+    freeze_A: bool = False
+    prepack: bool = False
+    adapter_dtype: torch.dtype | None = None
+
+    def __post_init__(self):
+        check_adapter("LoRAConfig", **self.adapter_arguments())
+        if self.bias not in BIASES:
+            raise ValueError(f"LoRAConfig: bias must be one of {', '.join(BIASES)}, got {self.bias!r}")
+        normal = {
+            "target_modules": _names("target_modules", self.target_modules, regex=True),
+            "exclude_modules": _names("exclude_modules", self.exclude_modules, regex=True),
+            "modules_to_save": _names("modules_to_save", self.modules_to_save, regex=False),
+            "layers_to_transform": self._layer_indices(),
+            "layers_pattern": self._layer_names(),
+        }
+        for name in ("rank_pattern", "alpha_pattern"):
+            normal[name] = self._pattern(name)
+        for name, value in normal.items():
+            object.__setattr__(self, name, value)
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError("LoRAConfig: layers_to_transform needs target_modules to be a list, got a str")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("LoRAConfig: layers_pattern needs layers_to_transform")
+
+    def adapter_arguments(self) -> dict:
+        """What LoRALinear takes beyond nn.Linear's own arguments."""
+        return {
+            "r": self.r,
+            "lora_alpha": self.lora_alpha,
+            "lora_dropout": self.lora_dropout,
+            "freeze_A": self.freeze_A,
+            "use_rslora": self.use_rslora,
+            "init_lora_weights": self.init_lora_weights,
+            "prepack": self.prepack,
+            "adapter_dtype": self.adapter_dtype,
+        }
+
+    def for_module(self, name: str) -> "LoRAConfig":
+        """This config with the r and lora_alpha that rank_pattern and alpha_pattern give the module called `name`."""
+        if not self.rank_pattern and not self.alpha_pattern:
+            return self
+        r = next((v for k, v in self.rank_pattern.items() if matches_end(k, name)), self.r)
+        lora_alpha = next((v for k, v in self.alpha_pattern.items() if matches_end(k, name)), self.lora_alpha)
+        return replace(self, r=r, lora_alpha=lora_alpha)
+
+    def _layer_indices(self) -> tuple[int, ...] | None:
+        value = self.layers_to_transform
+        if value is None or value == [] or value == ():
+            return None
+        indices = (value,) if isinstance(value, int) else tuple(value) if isinstance(value, Sequence) else (value,)
+        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in indices):
+            raise ValueError(f"LoRAConfig: layers_to_transform must be an int >= 0 or a list of them, got {value!r}")
+        return indices
+
+    def _layer_names(self) -> tuple[str, ...] | None:
+        value = self.layers_pattern
+        names = _names("layers_pattern", [value] if isinstance(value, str) and value else value or None, regex=False)
+        for pattern in names or ():
+            _check_regex("layers_pattern", pattern)
+        return names
+
+    def _pattern(self, name: str) -> dict:
+        value = getattr(self, name)
+        if value is None:
+            return {}
+        if not isinstance(value, Mapping):
+            raise TypeError(f"LoRAConfig: {name} must be a dict, got {value!r}")
+        check = _check_rank if name == "rank_pattern" else _check_alpha
+        for pattern, number in value.items():
+            if not isinstance(pattern, str) or not pattern:
+                raise TypeError(f"LoRAConfig: {name} must have non-empty strings as keys, got {pattern!r}")
+            _check_regex(name, pattern)
+            check("LoRAConfig", f"{name}[{pattern!r}]", number)
+        return dict(value)
+
+
+def matches_end(pattern: str, name: str) -> bool:
+    """Whether a rank_pattern or alpha_pattern key fits a module's name, as PEFT has it."""
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def matches_names(names: str | Sequence[str], name: str) -> bool:
+    """Whether target_modules or exclude_modules fits a module's name: re.fullmatch for a str, ends for a list."""
+    if isinstance(names, str):
+        return re.fullmatch(names, name) is not None
+    return any(name == end or name.endswith(f".{end}") for end in names)
+
+
+def layer_index(name: str, layers_pattern: Sequence[str] | None) -> int | None:
+    """The index of the layer a module's name lies in: the first numbered part (after one of layers_pattern)."""
+    patterns = [rf"(?:^|.*?\.){pattern}" for pattern in layers_pattern or ()] or [r".*?\.[^.]*"]
+    for pattern in patterns:
+        if match := re.match(rf"{pattern}\.(?P<index>\d+)\.", name):
+            return int(match["index"])
+    return None

@@ -1,0 +1,240 @@
+"""LoRALinear: a frozen linear layer with low-rank adapters beside it, a thin module over functional.lora_linear."""
+
+import math
+import sys
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lorasp.config import LoRAConfig, check_adapter
+from lorasp.functional import PackedWeight, lora_linear, pack_weight
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+DEFAULT_ADAPTER = "default"
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is transformers' Conv1D (GPT-2): a linear layer whose weight is stored (in, out)."""
+    library = sys.modules.get("transformers.pytorch_utils")
+    return library is not None and isinstance(module, library.Conv1D)
+
+
+class Adapter(nn.Module):
+    """lora_A (r, in), lora_B (out, r) and the numbers that go with them; a frozen lora_A is a buffer."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float,
+        freeze_A: bool,
+        use_rslora: bool,
+        init_lora_weights: bool | str,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
+        super().__init__()
+        self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, lora_dropout
+        self.freeze_A, self.use_rslora, self.init_lora_weights = freeze_A, use_rslora, init_lora_weights
+        self.scale = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        lora_A = torch.empty((r, in_features), device=device, dtype=dtype)
+        if freeze_A:
+            self.register_buffer("lora_A", lora_A)
+        else:
+            self.lora_A = nn.Parameter(lora_A)
+        self.lora_B = nn.Parameter(torch.empty((out_features, r), device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw lora_A, and lora_B or zeros, as init_lora_weights says."""
+        with torch.no_grad():
+            if self.init_lora_weights == "gaussian":
+                self.lora_A.normal_(std=1 / self.r)
+            else:
+                nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+            if self.init_lora_weights:
+                self.lora_B.zero_()
+            else:
+                nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
+
+    def extra_repr(self) -> str:
+        words = [f"r={self.r}", f"lora_alpha={self.lora_alpha}", f"dtype={self.lora_B.dtype}"]
+        words += [f"lora_dropout={self.lora_dropout}"] * (self.lora_dropout > 0)
+        return ", ".join(words + ["freeze_A=True"] * self.freeze_A + ["use_rslora=True"] * self.use_rslora)
+
+
+class _Packed(NamedTuple):
+    """A packed weight and the state of the weight it was made from."""
+
+    made_from: tuple
+    weight: PackedWeight
+
+
+class LoRALinear(nn.Module):
+    """y = x W^T + bias + s drop(x) A^T B^T: nn.Linear with its weight frozen and a low-rank adapter that trains.
+
+    in_features, out_features, bias, device, dtype: nn.Linear's. The rest is PEFT's: r, lora_alpha, lora_dropout (in
+    training mode only), use_rslora, init_lora_weights, and LoRAConfig's freeze_A, prepack, adapter_dtype.
+
+    x (..., in_features) -> y (..., out_features) in x's dtype. weight (out_features, in_features) and bias do not
+    require grad; set requires_grad_(True) and they train too. lora_A (r, in_features), lora_B (out_features, r) and
+    scale are the active adapter's; in the state_dict they are adapters.<name>.lora_A and .lora_B.
+
+    prepack: the packed copies are made at the first forward and again when the weight's storage, version, dtype or
+    device changes. A write through `weight.data` changes none of these: call `weight.data = ...` or drop_packed().
+    Under torch.compile the plain weight is used.
+
+    Raises ValueError or TypeError for sizes, dtypes and adapter arguments that do not fit.
+    Sources: LoRA arXiv 2106.09685; LoRA-FA arXiv 2308.03303.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        r: int = 8,
+        lora_alpha: float = 8,
+        lora_dropout: float = 0.0,
+        freeze_A: bool = False,
+        use_rslora: bool = False,
+        init_lora_weights: bool | str = True,
+        prepack: bool = False,
+        adapter_dtype: torch.dtype | None = None,
+    ):
+        for name, size in (("in_features", in_features), ("out_features", out_features)):
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise ValueError(f"LoRALinear: {name} must be an int >= 1, got {size!r}")
+        arguments = {
+            "r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "freeze_A": freeze_A,
+            "use_rslora": use_rslora, "init_lora_weights": init_lora_weights, "prepack": prepack,
+            "adapter_dtype": adapter_dtype,
+        }  # fmt: skip
+        check_adapter("LoRALinear", **arguments)
+        super().__init__()
+        weight = nn.Parameter(torch.empty((out_features, in_features), device=device, dtype=dtype), requires_grad=False)
+        zeros = nn.Parameter(weight.new_empty(out_features), requires_grad=False) if bias else None
+        self._adopt(weight, zeros, False, arguments)
+        self._reset_base()
+
+    @classmethod
+    def from_linear(cls, linear: nn.Module, config: LoRAConfig) -> "LoRALinear":
+        """A LoRALinear beside `linear` (nn.Linear or transformers' Conv1D): its Parameters themselves, now frozen.
+
+        The bias stays trainable unless config.bias is "none". Training mode is kept. Raises TypeError for any other
+        layer and for dtypes lora_linear does not take.
+        """
+        layer = cls.beside(linear, config)
+        layer.weight.requires_grad_(False)
+        if layer.bias is not None:
+            layer.bias.requires_grad_(config.bias != "none")
+        return layer
+
+    @classmethod
+    def beside(cls, linear: nn.Module, config: LoRAConfig) -> "LoRALinear":
+        """from_linear without touching the Parameters' requires_grad."""
+        if not isinstance(config, LoRAConfig):
+            raise TypeError(f"LoRALinear.from_linear: config must be a LoRAConfig, got {type(config).__name__}")
+        if not isinstance(linear, nn.Linear) and not is_conv1d(linear):
+            raise TypeError(f"LoRALinear.from_linear: linear must be nn.Linear or Conv1D, got {type(linear).__name__}")
+        if not isinstance(linear.weight, nn.Parameter):
+            raise TypeError("LoRALinear.from_linear: weight must be a Parameter, got a computed one")
+        if linear.weight.dtype not in DTYPES:
+            raise TypeError(
+                f"LoRALinear.from_linear: weight must be {', '.join(map(str, DTYPES))}, got {linear.weight.dtype}"
+            )
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._adopt(linear.weight, linear.bias, is_conv1d(linear), config.adapter_arguments())
+        return layer.train(linear.training)
+
+    def _adopt(self, weight: nn.Parameter, bias: nn.Parameter | None, fan_in_fan_out: bool, arguments: dict) -> None:
+        arguments = dict(arguments)
+        adapter_dtype = arguments.pop("adapter_dtype") or weight.dtype
+        if adapter_dtype.itemsize < weight.dtype.itemsize:
+            raise ValueError(f"LoRALinear: adapter_dtype must be None for {weight.dtype}, got {adapter_dtype}")
+        self.fan_in_fan_out = fan_in_fan_out
+        self.prepack = arguments.pop("prepack")
+        self.register_parameter("weight", weight)
+        self.register_parameter("bias", bias)
+        self.out_features, self.in_features = weight.t().shape if fan_in_fan_out else weight.shape
+        self.active_adapter = DEFAULT_ADAPTER
+        self._packed: _Packed | None = None
+        adapter = Adapter(self.in_features, self.out_features, **arguments, device=weight.device, dtype=adapter_dtype)
+        self.adapters = nn.ModuleDict({DEFAULT_ADAPTER: adapter})
+
+    @property
+    def lora_A(self) -> Tensor:
+        return self.adapters[self.active_adapter].lora_A
+
+    @property
+    def lora_B(self) -> Tensor:
+        return self.adapters[self.active_adapter].lora_B
+
+    @property
+    def scale(self) -> float:
+        return self.adapters[self.active_adapter].scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        adapter = self.adapters[self.active_adapter]
+        weight = self.weight.t() if self.fan_in_fan_out else self.weight
+        return lora_linear(
+            x,
+            weight,
+            adapter.lora_A,
+            adapter.lora_B,
+            self.bias,
+            scale=adapter.scale,
+            dropout_p=adapter.lora_dropout if self.training else 0.0,
+            packed=self._current_pack(weight) if self.prepack and not torch.compiler.is_compiling() else None,
+        )
+
+    def _current_pack(self, weight: Tensor) -> PackedWeight:
+        device = weight.device.type
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
+        state = (weight.data_ptr(), weight._version, weight.device, weight.dtype, dtype)
+        if self._packed is None or self._packed.made_from != state:
+            self._packed = None  # frees the old copies first
+            self._packed = _Packed(state, pack_weight(weight.detach().to(dtype)))
+        return self._packed.weight
+
+    def drop_packed(self) -> None:
+        """Forget the packed copies of the weight; the next forward makes them again."""
+        self._packed = None
+
+    def reset_lora_parameters(self) -> None:
+        """Draw the active adapter's lora_A and lora_B again, as its init_lora_weights says."""
+        self.adapters[self.active_adapter].reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw weight and bias as nn.Linear does, and every adapter: what a layer made on the meta device needs."""
+        self._reset_base()
+        for adapter in self.adapters.values():
+            adapter.reset_parameters()
+
+    def _reset_base(self) -> None:
+        with torch.no_grad():
+            nn.init.kaiming_uniform_(self.weight.t() if self.fan_in_fan_out else self.weight, a=math.sqrt(5))
+            if self.bias is not None:
+                bound = 1 / math.sqrt(self.in_features)
+                self.bias.uniform_(-bound, bound)
+
+    def _apply(self, fn, recurse: bool = True):
+        self.drop_packed()
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_packed": None}
+
+    def extra_repr(self) -> str:
+        words = [f"{name}={getattr(self, name)}" for name in ("in_features", "out_features")]
+        words += [f"bias={self.bias is not None}"]
+        return ", ".join(words + ["fan_in_fan_out=True"] * self.fan_in_fan_out + ["prepack=True"] * self.prepack)
