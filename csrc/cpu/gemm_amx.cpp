@@ -1,0 +1,149 @@
+// gemm.h's register tile on AMX: C (32, 32) as four tiles, depth in steps of 32 bf16.
+// Packed A step: 32 rows of 64 bytes. Packed B step: two tiles of 16 columns, each [16 depth pairs][16 columns][2].
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "cpu/gemm.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16")
+#endif
+
+#include "cpu/transpose16.h"
+
+namespace lorasp::cpu {
+namespace {
+
+using bf16 = uint16_t;
+constexpr int64_t kMR = 32, kNR = 32, kKR = 32, kTile = 16 * 32;
+
+__mmask32 tail_mask(int64_t count) { return count >= 32 ? ~0u : (count <= 0 ? 0u : (1u << count) - 1u); }
+
+void enter() {
+  struct alignas(64) Config {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t bytes_per_row[16] = {};
+    uint8_t rows[16] = {};
+  } config;
+  for (int i = 0; i < 8; ++i) config.bytes_per_row[i] = 64, config.rows[i] = 16;
+  // gcc's intrinsic claims to read only the first 8 bytes: without this the other stores may be dropped.
+  asm volatile("" : : "r"(&config) : "memory");
+  _tile_loadconfig(&config);
+}
+
+void leave() { _tile_release(); }
+
+void pack_rows(const void* a, int64_t lda, int64_t rows, int64_t depth, void* packed) {
+  const bf16* source = static_cast<const bf16*>(a);
+  bf16* out = static_cast<bf16*>(packed);
+  for (int64_t r = 0; r < kMR; ++r) {
+    const bf16* row = source + r * lda;
+    for (int64_t d = 0; d < depth; d += kKR) {
+      const __mmask32 mask = r < rows ? tail_mask(depth - d) : 0;
+      _mm512_store_si512(out + d * kMR + r * kKR, _mm512_maskz_loadu_epi16(mask, row + d));
+    }
+  }
+}
+
+void pack_panel(const void* w, int64_t ldw, bool depth_contiguous, int64_t columns, int64_t depth, void* packed) {
+  const bf16* source = static_cast<const bf16*>(w);
+  bf16* out = static_cast<bf16*>(packed);
+  if (depth_contiguous) {
+    for (int64_t d = 0; d < depth; d += kKR, out += 2 * kTile) {
+      const __mmask32 mask = tail_mask(depth - d);
+      for (int half = 0; half < 2; ++half) {
+        __m512i r[16];
+        for (int i = 0; i < 16; ++i) {
+          const int64_t n = half * 16 + i;
+          r[i] = _mm512_maskz_loadu_epi16(n < columns ? mask : 0, source + n * ldw + d);
+        }
+        transpose16(r);
+        for (int i = 0; i < 16; ++i) _mm512_store_si512(out + half * kTile + i * 32, r[i]);
+      }
+    }
+    return;
+  }
+  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                       5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  const __mmask32 mask = tail_mask(columns);
+  const int64_t padded = (depth + kKR - 1) / kKR * kKR;
+  for (int64_t d = 0; d < padded; d += 2) {
+    const __m512i even = _mm512_maskz_loadu_epi16(d < depth ? mask : 0, source + d * ldw);
+    const __m512i odd = _mm512_maskz_loadu_epi16(d + 1 < depth ? mask : 0, source + (d + 1) * ldw);
+    bf16* row = out + d / kKR * (2 * kTile) + d % kKR / 2 * 32;
+    _mm512_store_si512(row, _mm512_permutex2var_epi16(even, low, odd));
+    _mm512_store_si512(row + kTile, _mm512_permutex2var_epi16(even, high, odd));
+  }
+}
+
+// Rows stream (each packed row block is read once per panel piece); panels stay in L1 for a group of row blocks.
+inline void accumulate_steps(const bf16* a, const bf16* b, int64_t steps) {
+  for (int64_t step = 0; step < steps; ++step, a += kMR * kKR, b += kNR * kKR) {
+    _tile_stream_loadd(4, a, 64);
+    _tile_loadd(6, b, 64);
+    _tile_loadd(7, b + kTile, 64);
+    _tile_stream_loadd(5, a + kTile, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+}
+
+void block(const void* a, const void* b, int64_t steps, const void* extra_a, const void* extra_b, int64_t extra_steps,
+           bool accumulate, float* c) {
+  constexpr int64_t kRow = kNR * sizeof(float);
+  if (accumulate) {
+    _tile_loadd(0, c, kRow);
+    _tile_loadd(1, c + 16, kRow);
+    _tile_loadd(2, c + 16 * kNR, kRow);
+    _tile_loadd(3, c + 16 * kNR + 16, kRow);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  accumulate_steps(static_cast<const bf16*>(a), static_cast<const bf16*>(b), steps);
+  accumulate_steps(static_cast<const bf16*>(extra_a), static_cast<const bf16*>(extra_b), extra_steps);
+  _tile_stored(0, c, kRow);
+  _tile_stored(1, c + 16, kRow);
+  _tile_stored(2, c + 16 * kNR, kRow);
+  _tile_stored(3, c + 16 * kNR + 16, kRow);
+}
+
+void select(const unsigned char* bits, int64_t stride_bytes, float* c) {
+  for (int64_t r = 0; r < kMR; ++r, c += kNR) {
+    uint32_t keep;
+    __builtin_memcpy(&keep, bits + r * stride_bytes, sizeof(keep));
+    _mm512_store_ps(c, _mm512_maskz_loadu_ps(static_cast<__mmask16>(keep), c));
+    _mm512_store_ps(c + 16, _mm512_maskz_loadu_ps(static_cast<__mmask16>(keep >> 16), c + 16));
+  }
+}
+
+void store(const float* c, int64_t rows, int64_t columns, const float* bias, void* y, int64_t ldy) {
+  bf16* out = static_cast<bf16*>(y);
+  const __mmask32 mask = tail_mask(columns);
+  const __m512 bias0 = bias ? _mm512_loadu_ps(bias) : _mm512_setzero_ps();
+  const __m512 bias1 = bias ? _mm512_loadu_ps(bias + 16) : _mm512_setzero_ps();
+  for (int64_t r = 0; r < rows; ++r, c += kNR, out += ldy) {
+    const __m512 low = _mm512_add_ps(_mm512_load_ps(c), bias0), high = _mm512_add_ps(_mm512_load_ps(c + 16), bias1);
+    _mm512_mask_storeu_epi16(out, mask, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
+  }
+}
+
+constexpr GemmKernel kKernel{1, kMR, kNR, kKR, sizeof(bf16), 4, 8, pack_rows, pack_panel, block, select, store, enter, leave};
+
+}  // namespace
+
+const GemmKernel* gemm_amx_bf16() { return &kKernel; }
+
+}  // namespace lorasp::cpu
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif

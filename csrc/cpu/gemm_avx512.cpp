@@ -1,0 +1,195 @@
+// gemm.h's register tile on AVX-512: C (8, 48) in 24 registers. A depth step is one 32-bit lane: one float, or a pair of
+// bf16 for vdpbf16ps. Packed A step: 8 lanes. Packed B step: 48 lanes.
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "cpu/gemm.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
+#endif
+
+#include "cpu/transpose16.h"
+
+namespace lorasp::cpu {
+namespace {
+
+constexpr int64_t kMR = 8, kNR = 48, kVectors = 3;
+
+__mmask16 tail16(int64_t count) { return count >= 16 ? 0xffff : (count <= 0 ? 0 : (1u << count) - 1u); }
+__mmask32 tail32(int64_t count) { return count >= 32 ? ~0u : (count <= 0 ? 0u : (1u << count) - 1u); }
+
+struct F32 {
+  using Element = float;
+  static constexpr int64_t kDepth = 1;
+
+  static __m512i load_lanes(const float* row, int64_t depth) {
+    return _mm512_castps_si512(_mm512_maskz_loadu_ps(tail16(depth), row));
+  }
+  // Lanes of 48 columns at one depth step from rows of w.
+  static void load_columns(const float* w, int64_t ldw, int64_t columns, int64_t depth, __m512i lanes[kVectors]) {
+    for (int j = 0; j < kVectors; ++j)
+      lanes[j] = _mm512_castps_si512(_mm512_maskz_loadu_ps(depth > 0 ? tail16(columns - j * 16) : 0, w + j * 16));
+  }
+  static __m512 multiply_add(__m512 c, __m512i b, __m512i a) {
+    return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), c);
+  }
+  static void store(float* y, int64_t columns, const __m512 c[kVectors]) {
+    for (int j = 0; j < kVectors; ++j) _mm512_mask_storeu_ps(y + j * 16, tail16(columns - j * 16), c[j]);
+  }
+};
+
+struct Bf16 {
+  using Element = uint16_t;
+  static constexpr int64_t kDepth = 2;
+
+  static __m512i load_lanes(const uint16_t* row, int64_t depth) { return _mm512_maskz_loadu_epi16(tail32(depth), row); }
+  static void load_columns(const uint16_t* w, int64_t ldw, int64_t columns, int64_t depth, __m512i lanes[kVectors]) {
+    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
+                                         37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    const __mmask32 even = depth > 0 ? ~0u : 0, odd = depth > 1 ? ~0u : 0;
+    const __m512i e0 = _mm512_maskz_loadu_epi16(even & tail32(columns), w);
+    const __m512i o0 = _mm512_maskz_loadu_epi16(odd & tail32(columns), w + ldw);
+    const __m512i e1 = _mm512_maskz_loadu_epi16(even & tail32(columns - 32), w + 32);
+    const __m512i o1 = _mm512_maskz_loadu_epi16(odd & tail32(columns - 32), w + ldw + 32);
+    lanes[0] = _mm512_permutex2var_epi16(e0, low, o0);
+    lanes[1] = _mm512_permutex2var_epi16(e0, high, o0);
+    lanes[2] = _mm512_permutex2var_epi16(e1, low, o1);
+  }
+  static __m512 multiply_add(__m512 c, __m512i b, __m512i a) {
+    return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(b), reinterpret_cast<__m512bh>(a));
+  }
+  static void store(uint16_t* y, int64_t columns, const __m512 c[kVectors]) {
+    _mm512_mask_storeu_epi16(y, tail32(columns), reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(c[1], c[0])));
+    _mm512_mask_storeu_epi16(y + 32, tail32(columns - 32),
+                             reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(_mm512_setzero_ps(), c[2])));
+  }
+};
+
+template <class T>
+void pack_rows(const void* a, int64_t lda, int64_t rows, int64_t depth, void* packed) {
+  const auto* source = static_cast<const typename T::Element*>(a);
+  auto* out = static_cast<int32_t*>(packed);
+  const int64_t lanes = (depth + T::kDepth - 1) / T::kDepth;
+  for (int64_t lane = 0; lane < lanes; lane += 16) {
+    __m512i r[16] = {};
+    for (int64_t i = 0; i < rows; ++i)
+      r[i] = T::load_lanes(source + i * lda + lane * T::kDepth, depth - lane * T::kDepth);
+    transpose16(r);
+    for (int64_t i = 0; i < 16 && lane + i < lanes; ++i)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + (lane + i) * kMR), _mm512_castsi512_si256(r[i]));
+  }
+}
+
+template <class T>
+void pack_panel(const void* w, int64_t ldw, bool depth_contiguous, int64_t columns, int64_t depth, void* packed) {
+  const auto* source = static_cast<const typename T::Element*>(w);
+  auto* out = static_cast<int32_t*>(packed);
+  const int64_t lanes = (depth + T::kDepth - 1) / T::kDepth;
+  if (!depth_contiguous) {
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      __m512i v[kVectors];
+      T::load_columns(source + lane * T::kDepth * ldw, ldw, columns, depth - lane * T::kDepth, v);
+      for (int j = 0; j < kVectors; ++j) _mm512_store_si512(out + lane * kNR + j * 16, v[j]);
+    }
+    return;
+  }
+  for (int64_t lane = 0; lane < lanes; lane += 16) {
+    for (int j = 0; j < kVectors; ++j) {
+      __m512i r[16] = {};
+      for (int64_t i = 0; i < 16 && j * 16 + i < columns; ++i)
+        r[i] = T::load_lanes(source + (j * 16 + i) * ldw + lane * T::kDepth, depth - lane * T::kDepth);
+      transpose16(r);
+      for (int64_t i = 0; i < 16 && lane + i < lanes; ++i) _mm512_store_si512(out + (lane + i) * kNR + j * 16, r[i]);
+    }
+  }
+}
+
+template <class T>
+void block(const void* a, const void* b, int64_t steps, const void* extra_a, const void* extra_b, int64_t extra_steps,
+           bool accumulate, float* c) {
+  __m512 acc[kMR][kVectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < kMR; ++i)
+#pragma GCC unroll 3
+    for (int j = 0; j < kVectors; ++j) acc[i][j] = _mm512_setzero_ps();
+  const auto* lanes_a = static_cast<const int32_t*>(a);
+  const auto* lanes_b = static_cast<const int32_t*>(b);
+  for (int part = 0; part < 2; ++part) {
+    for (int64_t step = 0; step < steps; ++step, lanes_a += kMR, lanes_b += kNR) {
+      __m512i v[kVectors];
+#pragma GCC unroll 3
+      for (int j = 0; j < kVectors; ++j) {
+        v[j] = _mm512_load_si512(lanes_b + j * 16);
+        _mm_prefetch(reinterpret_cast<const char*>(lanes_b + 8 * kNR + j * 16), _MM_HINT_T0);
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < kMR; ++i) {
+        const __m512i x = _mm512_set1_epi32(lanes_a[i]);
+#pragma GCC unroll 3
+        for (int j = 0; j < kVectors; ++j) acc[i][j] = T::multiply_add(acc[i][j], v[j], x);
+      }
+    }
+    lanes_a = static_cast<const int32_t*>(extra_a);
+    lanes_b = static_cast<const int32_t*>(extra_b);
+    steps = extra_steps;
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kMR; ++i)
+#pragma GCC unroll 3
+    for (int j = 0; j < kVectors; ++j) {
+      float* out = c + i * kNR + j * 16;
+      _mm512_store_ps(out, accumulate ? _mm512_add_ps(_mm512_load_ps(out), acc[i][j]) : acc[i][j]);
+    }
+}
+
+void select(const unsigned char* bits, int64_t stride_bytes, float* c) {
+  for (int64_t r = 0; r < kMR; ++r, c += kNR) {
+    uint64_t keep;
+    __builtin_memcpy(&keep, bits + r * stride_bytes, sizeof(keep));
+    for (int j = 0; j < kVectors; ++j)
+      _mm512_store_ps(c + j * 16, _mm512_maskz_loadu_ps(static_cast<__mmask16>(keep >> (16 * j)), c + j * 16));
+  }
+}
+
+template <class T>
+void store(const float* c, int64_t rows, int64_t columns, const float* bias, void* y, int64_t ldy) {
+  auto* out = static_cast<typename T::Element*>(y);
+  for (int64_t r = 0; r < rows; ++r, c += kNR, out += ldy) {
+    __m512 v[kVectors];
+    for (int j = 0; j < kVectors; ++j) {
+      v[j] = _mm512_load_ps(c + j * 16);
+      if (bias) v[j] = _mm512_add_ps(v[j], _mm512_loadu_ps(bias + j * 16));
+    }
+    T::store(out, columns, v);
+  }
+}
+
+void nothing() {}
+
+// Partial sums over pieces of the depth are added up: the rounding error of one long fp32 sum would be several times
+// that of a blocked library GEMM.
+constexpr int64_t kPieceSteps = 256;
+
+template <class T>
+constexpr GemmKernel make(uint32_t id) {
+  return {id, kMR, kNR, T::kDepth, sizeof(typename T::Element), 1, kPieceSteps, pack_rows<T>, pack_panel<T>, block<T>,
+          select, store<T>, nothing, nothing};
+}
+
+constexpr GemmKernel kF32 = make<F32>(2), kBf16 = make<Bf16>(3);
+
+}  // namespace
+
+const GemmKernel* gemm_avx512_f32() { return &kF32; }
+const GemmKernel* gemm_avx512_bf16() { return &kBf16; }
+
+}  // namespace lorasp::cpu
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
