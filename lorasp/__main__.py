@@ -1,0 +1,8 @@
+"""python -m lorasp {info,demo,bench,check}"""
+
+import sys
+
+from lorasp.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

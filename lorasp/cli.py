@@ -1,0 +1,235 @@
+"""python -m lorasp {info,demo,bench,check}; what a command needs beyond torch is imported by that command only."""
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+_DTYPES = {
+    "fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16,
+    "fp16": torch.float16, "float16": torch.float16,
+}  # fmt: skip
+
+
+class UsageError(Exception):
+    """What the user asked for cannot be done as asked: printed, exit code 2."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 1 a check failed, 2 a usage error."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        return options.command(options)
+    except UsageError as error:
+        print(f"lorasp {options.name}: {error}", file=sys.stderr)
+        return 2
+
+
+def require(command: str, *modules: str, extra: str) -> None:
+    """Raises UsageError naming the extra unless every module can be imported."""
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise UsageError(f'needs {module} ({error}): pip install "lorasp[{extra}]"') from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lorasp", description="Fused LoRA kernels for PyTorch.")
+    commands = parser.add_subparsers(dest="name", required=True, metavar="{info,demo,bench,check}")
+
+    info = commands.add_parser("info", help="versions, CPU and GPU, which backends run here and why the others do not")
+    info.set_defaults(command=_info)
+
+    demo = commands.add_parser(
+        "demo", help="train a small language model, then adapt it four ways and compare", description=_DEMO
+    )
+    demo.add_argument("--steps", type=_at_least(1), help="adaptation steps per method (default: by device)")
+    demo.add_argument("--size", choices=("auto", "tiny", "small", "large"), default="auto", help="model size")
+    demo.add_argument("--device", type=_device, help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+    demo.add_argument("--seed", type=_at_least(0), default=0)
+    demo.add_argument("--out", type=Path, default=Path("."), help="folder for lorasp-demo.png (default: here)")
+    demo.set_defaults(command=_demo)
+
+    bench = commands.add_parser(
+        "bench", help="time one adapted layer against the frozen nn.Linear", description=_BENCH,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    bench.add_argument("--op", choices=("lora_linear",), default="lora_linear")
+    bench.add_argument("--shapes", nargs="+", metavar="SET", help=f"named sets: {', '.join(_shape_sets())}")
+    bench.add_argument("--mknr", nargs="+", type=_mknr, metavar="M,K,N,R", help="shapes of your own")
+    bench.add_argument(
+        "--tokens", type=_at_least(1), help="M of named sets (default: the set's; 512 for models on CPU)"
+    )
+    bench.add_argument("--dtype", type=_dtype, default=torch.bfloat16, help="fp32, bf16 (default), fp16")
+    bench.add_argument("--device", type=_device, help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+    bench.add_argument("--dropout", type=float, default=0.0, help="lora_dropout of every adapter")
+    bench.add_argument("--providers", nargs="+", metavar="NAME", help="see below (default: what suits the device)")
+    bench.add_argument("--freeze-A", action="store_true", help="freeze A in every adapter (LoRA-FA)")
+    bench.add_argument("--prepack", action="store_true", help="CPU: add lorasp with a prepacked frozen weight")
+    bench.add_argument("--rounds", type=_at_least(1), help="interleaved rounds (default: what fits --seconds, 5 to 41)")
+    bench.add_argument("--seconds", type=float, default=20.0, help="time budget per shape and mode (default 20)")
+    bench.add_argument("--threads", type=_at_least(1), help="CPU threads (default: torch's)")
+    bench.add_argument("--out", type=Path, default=Path("."), help="folder for the csv and the plot (default: here)")
+    bench.set_defaults(command=_bench)
+
+    check = commands.add_parser(
+        "check", help="compare the backends with the fp64 reference on this machine; exit code 1 if one disagrees"
+    )
+    check.add_argument("--backend", nargs="+", metavar="NAME", help="reference, cpp, triton, auto (default: all here)")
+    check.add_argument("--shapes", nargs="+", type=_mknr, metavar="M,K,N,R", help="default: a few small ones")
+    check.add_argument("--dtype", nargs="+", type=_dtype, help="fp32, bf16, fp16 (default: all the backend takes)")
+    check.add_argument("--device", type=_device, help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+    check.add_argument("--json", action="store_true", help="every comparison as JSON on stdout, nothing else")
+    check.set_defaults(command=_check)
+    return parser
+
+
+_DEMO = """Trains a byte-level Llama-style model on English prose, then adapts it to Python source from the same weights
+with full fine-tuning, PEFT LoRA, lorasp LoRA and lorasp LoRA-FA. No network. Prints one table, writes one PNG."""
+
+_BENCH = """Times one adapted layer, forward and forward+backward, against the frozen nn.Linear of the same run.
+Correctness is asserted first; rounds are interleaved; medians and quartiles are reported.
+
+providers:
+  linear             nn.Linear, weight frozen (always there: everything is divided by it)
+  linear-train       nn.Linear, weight trains
+  peft               PEFT as it comes: fp32 adapters
+  peft-half          PEFT, adapters in the layer's dtype (autocast_adapter_dtype=False)
+  peft-half-compile  torch.compile of peft-half
+  lorasp[:backend[:plan]]   e.g. lorasp, lorasp:cpp:fused, lorasp:triton:onepass, lorasp:reference
+flags: +fa freezes A (LoRA-FA); lorasp also takes +masters (fp32 A and B) and +prepack (CPU), e.g. lorasp+fa+prepack"""
+
+
+def _at_least(least: int):
+    def whole_number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+        return value
+
+    return whole_number
+
+
+def _dtype(text: str) -> torch.dtype:
+    if text not in _DTYPES:
+        raise argparse.ArgumentTypeError(f"must be fp32, bf16 or fp16, got {text!r}")
+    return _DTYPES[text]
+
+
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(str(error).splitlines()[0]) from error
+    if device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"must be cpu or cuda, got {text!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"{text}: torch sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def _mknr(text: str) -> tuple[int, int, int, int]:
+    parts = text.split(",")
+    if len(parts) != 4 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"must be four whole numbers M,K,N,R above 0, got {text!r}")
+    return tuple(map(int, parts))
+
+
+def _shape_sets() -> Sequence[str]:
+    from lorasp.bench import SHAPES
+
+    return tuple(SHAPES)
+
+
+def _default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _info(options: argparse.Namespace) -> int:
+    from lorasp import info
+
+    print(info.report())
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    require("demo", "rich", "matplotlib", "transformers", "peft", "safetensors", extra="demo")
+    from lorasp import demo
+
+    _make_folder(options.out)
+    demo.run(
+        device=options.device or _default_device(), size=options.size, steps=options.steps, seed=options.seed,
+        out=options.out,
+    )  # fmt: skip
+    return 0
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {path}: {error}") from error
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from lorasp import bench_command
+
+    try:
+        return bench_command.run(options)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _check(options: argparse.Namespace) -> int:
+    from lorasp import testing
+    from lorasp.ops import registry
+
+    device = options.device or _default_device()
+    backends = options.backend
+    if backends is None:
+        missing = registry.available_backends()
+        backends = [
+            name for name, reason in missing.items()
+            if reason is None and registry.unsupported(name, device.type, torch.float32) is None
+        ]  # fmt: skip
+    results = []
+    for backend in backends:
+        try:
+            results += testing.check(backend=backend, shapes=options.shapes, dtypes=options.dtype, device=device)
+        except (ValueError, TypeError) as error:
+            raise UsageError(str(error)) from error
+    failed = [result for result in results if not result.ok]
+    if options.json:
+        print(json.dumps([{**asdict(result), "ok": result.ok} for result in results], indent=1))
+    else:
+        _print_check(results, failed, device)
+    return 1 if failed else 0
+
+
+def _print_check(results: list, failed: list, device: torch.device) -> None:
+    from lorasp import console
+
+    groups: dict[tuple[str, str, str, str], list] = {}
+    for result in results:
+        dtype = result.case.split()[2]
+        groups.setdefault((result.backend, result.plan, dtype, result.tensor), []).append(result)
+    rows = []
+    for key, members in groups.items():
+        worst = max(members, key=lambda r: r.error / r.bound if r.bound else r.error)
+        verdict = "ok" if all(r.ok for r in members) else "FAILED"
+        rows.append([*key, str(len(members)), f"{worst.error:.1e}", f"{worst.bound:.1e}", verdict])
+    columns = ["backend", "plan", "dtype", "tensor", "cases", "worst error", "its bound", ""]
+    console.print_table(f"lora_linear against the fp64 reference on {device}", columns, rows, left=4)
+    for result in failed:
+        print(
+            f"FAILED {result.backend}:{result.plan} {result.tensor} [{result.case}]: "
+            f"error {result.error:.3e} exceeds {result.bound:.3e}"
+        )
+    print(f"{len(results) - len(failed)} of {len(results)} comparisons within the bound")

@@ -1,0 +1,46 @@
+"""Tables on the terminal: rich where it is installed, aligned text elsewhere."""
+
+import sys
+from collections.abc import Sequence
+
+WIDTH = 100
+
+
+def rich_console():
+    """A rich Console, WIDTH columns wide where the output is not a terminal; None without rich."""
+    try:
+        from rich.console import Console
+    except ImportError:
+        return None
+    return Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
+    """Print rows of strings under `columns`; the first `left` columns are left-aligned, the others right-aligned."""
+    console = rich_console()
+    if console is None:
+        print(_plain(title, columns, rows, left))
+        return
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=escape(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(escape(column), justify="left" if i < left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(table)
+
+
+def _plain(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
+    lines = [list(columns), *map(list, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    lines.insert(1, ["-" * width for width in widths])
+    text = [title]
+    for line in lines:
+        cells = zip(line, widths, strict=True)
+        text.append(
+            "  ".join(cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(cells)).rstrip()
+        )
+    return "\n".join([*text, ""])
