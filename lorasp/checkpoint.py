@@ -246,6 +246,14 @@ def _split(weights: bytes) -> tuple[dict, memoryview]:
     return json.loads(weights[8:end]), memoryview(weights)[end:]
 
 
+def _with_metadata(weights: bytes, metadata: dict[str, str]) -> bytes:
+    """safetensors' own save() orders metadata at random; ours gives the same bytes for the same adapter."""
+    header, data = _split(weights)
+    text = json.dumps({"__metadata__": metadata, **header}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join((len(text).to_bytes(8, "little"), text, data))
+
+
 def _staged_name(digest: str) -> str:
     return f".adapter_config.{digest[:16]}.json"
 
@@ -260,8 +268,9 @@ def _write_pair(path: Path, file_config: dict, tensors: dict[str, Tensor], confi
         # safetensors refuses two tensors in one storage (tied modules_to_save).
         plain[key] = tensor.to("cpu", copy=storage in seen).contiguous()
         seen.add(storage)
-    digest = _digest(config, save(plain))
-    weights = save(plain, {"format": "pt", _DIGEST: digest, _FREEZE_A: str(config.freeze_A).lower()})
+    bare = save(plain)
+    digest = _digest(config, bare)
+    weights = _with_metadata(bare, {"format": "pt", _DIGEST: digest, _FREEZE_A: str(config.freeze_A).lower()})
     text = json.dumps(dict(sorted(file_config.items())), indent=2).encode()
 
     path.mkdir(parents=True, exist_ok=True)
@@ -324,9 +333,7 @@ def _read_pair(path: Path) -> tuple[dict[str, Tensor], LoRAConfig]:
     digest = metadata.get(_DIGEST)
     freeze_A = metadata.get(_FREEZE_A) == "true"
     candidates = [config_file] if digest is None else [config_file, path / _staged_name(digest)]
-    for file in candidates:
-        if file is not config_file and not file.exists():
-            continue
+    for file in [file for file in candidates if file.exists()] or [config_file]:
         config = replace(_parse_config(_read(file), file), freeze_A=freeze_A)
         if digest is None or _digest(config, weights) == digest:
             return values, config

@@ -133,6 +133,8 @@ class LoRAConfig:
             normal[name] = self._pattern(name)
         for name, value in normal.items():
             object.__setattr__(self, name, value)
+        if self.target_modules is not None and not self.target_modules:
+            raise ValueError(f"LoRAConfig: target_modules must not be empty, got {self.target_modules!r}")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError("LoRAConfig: layers_to_transform needs target_modules to be a list, got a str")
         if self.layers_pattern and self.layers_to_transform is None:

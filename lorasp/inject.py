@@ -130,13 +130,15 @@ def make_plan(model: nn.Module, config: LoRAConfig, where: str, *, strict: bool 
     modules = dict(model.named_modules(remove_duplicate=False))
     if strict:
         _check_names(model, modules, config, where)
-    _check_ties(model, plan.saved, where)
+    _check_saved(model, plan.saved, where)
     targets = _targets(plan, modules, where)
     if not targets:
-        hint = "; layers_to_transform counts after the first dot, name layers_pattern for a model of bare layers"
+        reasons = "".join(f", {n} {why}" for why, n in Counter(plan.skipped.values()).items())
+        if config.layers_to_transform is not None:
+            reasons += " (set layers_pattern if the numbered list has no name before it but its own)"
         raise ValueError(
-            f"{where}: no layer is left to adapt: target_modules {_shown(config.target_modules)}, {len(plan.skipped)} "
-            f"skipped{hint if config.layers_to_transform is not None else ''}; {_what_exists(model)}"
+            f"{where}: no layer is left to adapt: target_modules {_shown(config.target_modules)}{reasons}; "
+            f"{_what_exists(model)}"
         )
     names: dict[nn.Module, str] = {}
     for name in targets:
@@ -175,8 +177,11 @@ def _check_names(model: nn.Module, modules: dict[str, nn.Module], config: LoRACo
         children = ", ".join(name for name, _ in model.named_children())
         raise ValueError(f"{where}: modules_to_save {missing} name no module of {_kind(model)}; its parts: {children}")
     exclude = config.exclude_modules
-    exclude = [exclude] if isinstance(exclude, str) else [[name] for name in exclude or ()]
-    if missing := unknown(exclude, matches_names):
+    if isinstance(exclude, str):
+        missing = unknown([exclude], matches_names)
+    else:
+        missing = unknown(exclude, lambda name, path: matches_names([name], path))
+    if missing:
         warnings.warn(f"{where}: exclude_modules {missing} name no module of {_kind(model)}", stacklevel=4)
 
 
@@ -187,8 +192,12 @@ def _check_patterns(plan: Plan, where: str) -> None:
             raise ValueError(f"{where}: {field_name} keys {missing} fit no adapted layer")
 
 
-def _check_ties(model: nn.Module, saved: dict[str, nn.Module], where: str) -> None:
-    """A module trained in full must not drag a frozen one along: PEFT would untie them, we keep them tied."""
+def _check_saved(model: nn.Module, saved: dict[str, nn.Module], where: str) -> None:
+    """Modules trained in full must be able to, and must not drag a frozen one along (PEFT would untie it)."""
+    for name, module in saved.items():
+        for key, parameter in module.named_parameters():
+            if not parameter.is_floating_point():
+                raise ValueError(f"{where}: modules_to_save must be able to train: {name}.{key} is {parameter.dtype}")
     owned = {id(parameter): f"{name}.{key}" for name, m in saved.items() for key, parameter in m.named_parameters()}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if id(parameter) in owned and not _inside(name, saved):
@@ -238,7 +247,7 @@ def _obstacle(model: nn.Module, modules: dict[str, nn.Module], name: str) -> str
     module, kind = modules[name], _kind(modules[name])
     parent_name, _, child = name.rpartition(".")
     if not name:
-        return "it is the model itself (use LoRALinear.from_linear)"
+        return "is the model itself (use LoRALinear.from_linear)"
     if not isinstance(module, nn.Linear) and not is_conv1d(module):
         return f"{kind} is not a linear layer"
     plain = nn.Linear if isinstance(module, nn.Linear) else type(module)

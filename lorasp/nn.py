@@ -118,6 +118,9 @@ class LoRALinear(nn.Module):
             "adapter_dtype": adapter_dtype,
         }  # fmt: skip
         check_adapter("LoRALinear", **arguments)
+        dtype = dtype or torch.get_default_dtype()
+        if dtype not in DTYPES:
+            raise TypeError(f"LoRALinear: dtype must be {', '.join(map(str, DTYPES))}, got {dtype}")
         super().__init__()
         weight = nn.Parameter(torch.empty((out_features, in_features), device=device, dtype=dtype), requires_grad=False)
         zeros = nn.Parameter(weight.new_empty(out_features), requires_grad=False) if bias else None
