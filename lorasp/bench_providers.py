@@ -144,7 +144,10 @@ def verify(candidate: Candidate, workload: Workload) -> None:
     seed = rng.draw_seed(workload.x.device)
     torch.manual_seed(_SEED)
     with candidate.context():
-        y = candidate.forward()
+        try:
+            y = candidate.forward()
+        except ValueError as error:  # a backend that lacks this plan, dtype or layout says so here
+            raise Unavailable(str(error)) from error
         actual = (y.detach(), *torch.autograd.grad(y, candidate.inputs, candidate.dy))
     candidate.layer.train()
     for name, have in zip(("y", *candidate.names), actual, strict=True):

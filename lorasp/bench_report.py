@@ -10,11 +10,7 @@ from lorasp import bench, console
 from lorasp.bench import Measurement, Provider, Shape, ShapeResult
 
 _MIB = 2**20
-
-
-def label(provider: Provider) -> str:
-    """What a table calls the provider: its name on the command line."""
-    return provider.name
+_SHORT = {"forward+backward": "fwd+bwd", "forward": "fwd"}
 
 
 def title(shape: Shape, dtype: str, dropout_p: float) -> str:
@@ -23,28 +19,26 @@ def title(shape: Shape, dtype: str, dropout_p: float) -> str:
 
 def print_result(result: ShapeResult) -> None:
     """One row per provider: milliseconds, ratio to the frozen nn.Linear with its quartiles, floor, bytes."""
-    by_mode = {
-        mode: {m.provider: m for m in result.measurements if m.mode == mode}
-        for mode in dict.fromkeys(m.mode for m in result.measurements)
-    }
-    first = next(iter(by_mode.values()))
+    by_mode: dict[str, dict[Provider, Measurement]] = {}
+    for m in result.measurements:
+        by_mode.setdefault(m.mode, {})[m.provider] = m
     with_peak = any(m.peak_bytes is not None for m in result.measurements)
     columns = ["provider"]
     for mode in by_mode:
-        columns += [f"{'fwd+bwd' if '+' in mode else 'fwd'} ms", "× linear", "quartiles"]
+        columns += [f"{_SHORT[mode]} ms", "× linear (quartiles)"]
     columns += ["floor", "saved MiB"] + ["peak MiB"] * with_peak
     rows = []
-    for provider, one in first.items():
-        row = [label(provider)]
+    for provider, one in next(iter(by_mode.values())).items():
+        row = [provider.name]
         for measurements in by_mode.values():
             m = measurements[provider]
-            row += [_ms(m.ms), f"{m.ratio:.3f}", f"{m.ratio_q1:.2f}–{m.ratio_q3:.2f}"]
+            row += [_ms(m.ms), f"{m.ratio:.2f} ({m.ratio_q1:.2f}–{m.ratio_q3:.2f})"]
         row += [f"{bench.floor(result.shape, provider):.3f}", _mib(one.saved_bytes)]
         rows.append(row + [_mib(one.peak_bytes)] * with_peak)
     any_one = result.measurements[0]
     console.print_table(title(result.shape, any_one.dtype, any_one.dropout_p), columns, rows)
     for provider, reason in result.unavailable.items():
-        print(f"  not measured: {label(provider)}: {reason}")
+        print(f"  not measured: {provider.name}: {reason}")
 
 
 def _ms(value: float) -> str:
@@ -149,7 +143,7 @@ def _bars(axis, results, providers, colours, mode) -> None:
         spread = [[m.ratio - m.ratio_q1 for _, m in found], [m.ratio_q3 - m.ratio for _, m in found]]
         at = [i + offset for i, _ in found]
         axis.bar(
-            at, heights, bar * 0.92, label=label(provider), color=colours[provider], yerr=spread,
+            at, heights, bar * 0.92, label=provider.name, color=colours[provider], yerr=spread,
             hatch="///" if provider.freeze_A else None, edgecolor="white", linewidth=0,
             error_kw={"elinewidth": 0.8, "ecolor": "#202124"},
         )  # fmt: skip

@@ -193,6 +193,9 @@ def _check(options: argparse.Namespace) -> int:
 
     device = options.device or _default_device()
     backends = options.backend
+    for name in backends or ():
+        if name not in ("auto", *registry.BACKENDS):
+            raise UsageError(f"--backend must be among auto, {', '.join(registry.BACKENDS)}, got {name!r}")
     if backends is None:
         missing = registry.available_backends()
         backends = [

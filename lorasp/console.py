@@ -27,7 +27,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
     table = Table(title=escape(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for i, column in enumerate(columns):
-        table.add_column(escape(column), justify="left" if i < left else "right", overflow="fold")
+        table.add_column(escape(column), justify="left" if i < left else "right", no_wrap=i < left)
     for row in rows:
         table.add_row(*map(escape, row))
     console.print(table)

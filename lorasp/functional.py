@@ -128,7 +128,7 @@ def lora_linear(
         _check_tensor("mask_A", mask_A, (r, k), f"({r}, {k})", (torch.bool,), device)
     if mask_B is not None:
         _check_tensor("mask_B", mask_B, (n, r), f"({n}, {r})", (torch.bool,), device)
-    if not isinstance(scale, int | float) or not math.isfinite(scale):
+    if not isinstance(scale, int | float) or not -math.inf < scale < math.inf:
         raise ValueError(f"lora_linear: scale must be a finite number, got {scale!r}")
     if not isinstance(dropout_p, int | float) or not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"lora_linear: dropout_p must be in [0, 1), got {dropout_p!r}")

@@ -1,6 +1,6 @@
 // Blocking of gemm.h: a thread packs a block of rows once, small enough for its L2, and streams panels of packed w past
 // it. Few rows: each thread packs its own panels just before use and w never makes a round trip through memory.
-#include "cpu/gemm.h"
+#include "gemm.h"
 
 #include <ATen/Parallel.h>
 
@@ -10,7 +10,7 @@
 #include <memory>
 #include <vector>
 
-namespace lorasp::cpu {
+namespace lorasp {
 namespace {
 
 constexpr int64_t kRowBlockBytes = 1 << 20;   // packed rows of one thread: half of a 2 MiB L2
@@ -67,8 +67,8 @@ struct Layout {
   }
   void pack_extra(int64_t panel, void* out) const {
     const int64_t n = panel * kernel.nr;
-    const int64_t offset = p.depth_contiguous ? n * p.ldp : n;
-    kernel.pack_panel(static_cast<const unsigned char*>(p.p) + offset * kernel.element_size, p.ldp, p.depth_contiguous,
+    const int64_t offset = p.p_depth_contiguous ? n * p.ldp : n;
+    kernel.pack_panel(static_cast<const unsigned char*>(p.p) + offset * kernel.element_size, p.ldp, p.p_depth_contiguous,
                       std::min(kernel.nr, p.N - n), p.R, out);
   }
 };
@@ -236,4 +236,4 @@ void gemm(const GemmKernel& kernel, const GemmParams& params) {
   (few_rows ? multiply_few_rows : multiply_many_rows)(l, params.bias ? bias.data() : nullptr);
 }
 
-}  // namespace lorasp::cpu
+}  // namespace lorasp

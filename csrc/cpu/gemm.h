@@ -6,7 +6,7 @@
 #pragma once
 #include <cstdint>
 
-namespace lorasp::cpu {
+namespace lorasp {
 
 // One instruction set's register tile: C (mr, nr) += A (mr, depth) B (depth, nr), depth in steps of kr.
 // Packed A: [step][mr][kr]; packed B: panels of nr columns, [step][...nr * kr in the tile's own order].
@@ -47,11 +47,12 @@ struct GemmParams {
   int64_t lda;
   const void* w;            // unused when packed
   int64_t ldw;
-  bool depth_contiguous;    // of w and p
+  bool depth_contiguous;    // w[n * ldw + d]; otherwise w[d * ldw + n]
   const void* packed;       // pack_gemm_weight's result, or null
   const void* s;            // (M, R), contiguous
   const void* p;
   int64_t ldp;
+  bool p_depth_contiguous;
   const float* bias;        // fp32 (N,), or null
   const KeepRows* keep;     // over y, or null
   void* y;
@@ -63,4 +64,4 @@ void pack_gemm_weight(const GemmKernel& kernel, const void* w, int64_t ldw, bool
                       void* packed);
 void gemm(const GemmKernel& kernel, const GemmParams& params);
 
-}  // namespace lorasp::cpu
+}  // namespace lorasp

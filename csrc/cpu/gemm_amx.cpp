@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "cpu/gemm.h"
+#include "gemm.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16"))), apply_to = function)
@@ -12,9 +12,9 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16")
 #endif
 
-#include "cpu/transpose16.h"
+#include "transpose16.h"
 
-namespace lorasp::cpu {
+namespace lorasp {
 namespace {
 
 using bf16 = uint16_t;
@@ -142,7 +142,7 @@ constexpr GemmKernel kKernel{1, kMR, kNR, kKR, sizeof(bf16), 4, 8, pack_rows, pa
 
 const GemmKernel* gemm_amx_bf16() { return &kKernel; }
 
-}  // namespace lorasp::cpu
+}  // namespace lorasp
 
 #if defined(__clang__)
 #pragma clang attribute pop

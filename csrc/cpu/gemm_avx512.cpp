@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "cpu/gemm.h"
+#include "gemm.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16"))), apply_to = function)
@@ -12,9 +12,9 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
 #endif
 
-#include "cpu/transpose16.h"
+#include "transpose16.h"
 
-namespace lorasp::cpu {
+namespace lorasp {
 namespace {
 
 constexpr int64_t kMR = 8, kNR = 48, kVectors = 3;
@@ -188,7 +188,7 @@ constexpr GemmKernel kF32 = make<F32>(2), kBf16 = make<Bf16>(3);
 const GemmKernel* gemm_avx512_f32() { return &kF32; }
 const GemmKernel* gemm_avx512_bf16() { return &kBf16; }
 
-}  // namespace lorasp::cpu
+}  // namespace lorasp
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -2,7 +2,7 @@
 #pragma once
 #include <immintrin.h>
 
-namespace lorasp::cpu {
+namespace lorasp {
 namespace {
 
 // 16 rows of 16 32-bit lanes -> their transpose.
@@ -31,4 +31,4 @@ inline void transpose16(__m512i r[16]) {
 }
 
 }  // namespace
-}  // namespace lorasp::cpu
+}  // namespace lorasp

@@ -8,7 +8,6 @@ Sources: LoRA arXiv 2106.09685, eq. 3; LoRA-FA arXiv 2308.03303, section 3.
 """
 
 import torch
-from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorasp.ops import registry
@@ -85,6 +84,7 @@ def _backward_triton(
         )  # fmt: skip
 
 
+registry.define("pack_weight_cpp(Tensor weight, bool backward) -> Tensor")
 forward_ops = registry.declare(
     "lora_linear_fwd", FORWARD_SCHEMA, _forward_fake, {"reference": _forward_reference, "triton": _forward_triton}
 )

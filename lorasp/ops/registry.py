@@ -121,6 +121,11 @@ def choose_plan(plan: str) -> str:
     return _forced_plan if plan == "auto" and _forced_plan is not None else plan
 
 
+def define(schema: str) -> None:
+    """Define `lorasp::<schema>`, an op that only a compiled backend implements."""
+    _library.define(schema)
+
+
 def declare(name: str, schema: str, fake: Callable, implementations: dict[str, Callable]) -> dict[str, Callable]:
     """Define `lorasp::<name>_<backend>` for every backend and return them, backend -> op.
 

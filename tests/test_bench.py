@@ -1,0 +1,250 @@
+"""The measuring harness: what it counts, how it divides, that it refuses wrong kernels, what it writes."""
+
+import csv
+import dataclasses
+import re
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from lorasp import bench, bench_providers, bench_report, cli
+from lorasp.bench import MODES, Provider, Shape
+from lorasp.ops import registry
+
+SHAPE = Shape(24, 40, 56, 4)
+CPU = torch.device("cpu")
+
+
+def providers(*names):
+    return [Provider.parse(name) for name in names]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "linear", "linear-train", "peft", "peft+fa", "peft-half", "peft-half-compile", "lorasp", "lorasp:cpp",
+        "lorasp:triton:onepass+fa", "lorasp:auto:fused", "lorasp+fa+masters+prepack",
+    ],
+)  # fmt: skip
+def test_a_provider_reads_as_it_is_written(text):
+    assert Provider.parse(text).name == text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("torch", "kind must be one of linear, linear-train, peft"),
+        ("peft:cpp", "only lorasp takes :backend:plan, got 'peft:cpp'"),
+        ("lorasp:cpp:addmm:x", "only lorasp takes :backend:plan"),
+        ("linear+fa", r"flags of linear are none, got 'linear\+fa'"),
+        ("peft+prepack", r"flags of peft are fa, got 'peft\+prepack'"),
+    ],
+)
+def test_a_provider_that_does_not_exist_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        Provider.parse(text)
+
+
+def test_a_shape_has_positive_sizes():
+    with pytest.raises(ValueError, match="must be >= 1, got 8, 0, 8, 4"):
+        Shape(8, 0, 8, 4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["linear", "linear-train", "peft-half", "peft-half+fa"])
+def test_flops_are_those_of_the_matrix_products(name, mode):
+    provider = Provider.parse(name)
+    candidate = bench_providers.build(provider, bench_providers.make_workload(SHAPE, torch.float32, CPU))
+    with FlopCounterMode(display=False) as counter:
+        y = candidate.forward()
+        if mode == "forward+backward":
+            y.backward(candidate.dy)
+    assert counter.get_total_flops() == bench.flops(SHAPE, provider, mode)
+
+
+@pytest.mark.parametrize(
+    ("name", "forward", "backward"),
+    [
+        # Every operand once: (M, K), (N, K), (M, N) frozen; (R, K), (N, R), (M, R) low-rank.
+        ("linear", 24 * 40 + 56 * 40 + 24 * 56, 24 * 56 + 56 * 40 + 24 * 40),
+        ("lorasp+fa", 4 * 40 + 56 * 4 + 24 * 4, 4 * 40 + 56 * 4 + 24 * 4 + 56 * 4),
+        ("lorasp", 4 * 40 + 56 * 4 + 24 * 4, 4 * 40 + 56 * 4 + 24 * 4 + 56 * 4 + 24 * 40 + 4 * 40),
+    ],
+)
+def test_min_bytes_counts_every_operand_once(name, forward, backward):
+    provider = Provider.parse(name)
+    if provider.adapts:
+        frozen = [bench.min_bytes(SHAPE, Provider("linear"), mode, 1) for mode in MODES]
+    else:
+        frozen = [0, 0]
+    assert bench.min_bytes(SHAPE, provider, "forward", 2) == 2 * (frozen[1] + forward)
+    assert bench.min_bytes(SHAPE, provider, "forward+backward", 2) == 2 * (frozen[0] + forward + backward)
+
+
+class FakeClock:
+    """Charges each function its price times the machine's slowness, which grows with every sample."""
+
+    def __init__(self, prices, drift=0.0):
+        self.prices, self.drift, self.samples, self.order = prices, drift, 0, []
+
+    def __call__(self, function, calls):
+        self.order.append((function, calls))
+        self.samples += 1
+        return self.prices[function] * (1 + self.drift * self.samples)
+
+
+def test_the_base_runs_before_and_after_every_provider():
+    clock = FakeClock({"base": 1.0, "a": 2.0, "b": 3.0})
+    samples = bench.interleave("base", ["a", "b"], clock, rounds=2)
+    warm_up = 2 * 3
+    assert [function for function, _ in clock.order[warm_up:]] == ["base", *["a", "base", "b", "base"] * 2]
+    assert samples == [[(2.0, 2.0)] * 2, [(3.0, 3.0)] * 2]
+
+
+def test_a_machine_that_slows_down_steadily_does_not_move_the_ratio():
+    clock = FakeClock({"base": 1.0, "a": 1.25}, drift=0.01)
+    (samples,) = bench.interleave("base", ["a"], clock, rounds=9)
+    assert [ratio for _, ratio in samples] == pytest.approx([1.25] * 9)
+    assert samples[-1][0] > samples[0][0]
+
+
+@pytest.mark.parametrize(
+    ("price", "seconds", "rounds"), [(1.0, 20.0, 10), (1.0, 2.0, 5), (0.01, 20.0, 41)], ids=["fits", "least", "most"]
+)
+def test_rounds_fill_the_time_budget(price, seconds, rounds):
+    (samples,) = bench.interleave("base", ["a"], FakeClock({"base": price, "a": price}), seconds=seconds)
+    assert len(samples) == rounds
+
+
+def test_a_short_function_is_repeated_within_a_sample():
+    clock = FakeClock({"base": 1e-3, "a": 1e-5})
+    bench.interleave("base", ["a"], clock, rounds=1)
+    assert clock.order[-3:] == [("base", 4), ("a", 400), ("base", 4)]
+
+
+def test_quartiles():
+    assert bench.quartiles([5.0, 1.0, 3.0, 2.0, 4.0]) == (2.0, 3.0, 4.0)
+    assert bench.quartiles([7.0]) == (7.0, 7.0, 7.0)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_provider_is_measured_and_keeps_what_the_contract_says(dtype, dropout_p):
+    names = ["linear", "linear-train", "peft", "peft-half", "peft-half+fa", "lorasp", "lorasp+fa", "lorasp+masters"]
+    names += ["lorasp:reference", "lorasp:reference+fa"]
+    (result,) = bench.run([SHAPE], providers(*names), dtype=dtype, dropout_p=dropout_p, rounds=2)
+    assert result.unavailable == {}
+    assert [(m.provider.name, m.mode) for m in result.measurements] == [(n, mode) for mode in MODES for n in names]
+    for m in result.measurements:
+        assert m.rounds == 2
+        assert 0 < m.ms_q1 <= m.ms <= m.ms_q3
+        assert 0 < m.ratio_q1 <= m.ratio <= m.ratio_q3
+        assert m.peak_bytes is None
+        if not m.provider.kind.startswith("peft"):
+            assert m.saved_bytes == bench.contract_bytes(SHAPE, m.provider, dtype.itemsize, dropout_p), m.provider.name
+
+
+def test_a_provider_that_cannot_run_here_is_listed_with_the_reason(monkeypatch):
+    monkeypatch.setattr(registry, "_triton_interpreted", False)
+    (result,) = bench.run([SHAPE], providers("lorasp:triton"), dtype=torch.float32, rounds=1)
+    (reason,) = result.unavailable.values()
+    assert reason == registry.unsupported("triton", "cpu", torch.float32)
+    assert {m.provider.name for m in result.measurements} == {"linear"}
+
+
+@pytest.mark.parametrize("name", ["lorasp", "peft-half"])
+@pytest.mark.parametrize("broken", ["y", "dx", "dlora_A", "dlora_B"])
+def test_a_wrong_result_is_never_timed(name, broken):
+    workload = bench_providers.make_workload(SHAPE, torch.float32, CPU)
+    candidate = bench_providers.build(Provider.parse(name), workload)
+    bench_providers.verify(candidate, workload)
+    if broken == "y":
+        right = candidate.forward
+        candidate.forward = lambda: right() + 0.01
+    else:
+        dict(zip(candidate.names, candidate.inputs, strict=True))[broken].register_hook(lambda grad: grad * 1.01)
+    with pytest.raises(AssertionError, match=f"{name} {broken} at 24×40×56 r4: error"):
+        bench_providers.verify(candidate, workload)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
+def test_pinned_malloc_stops_page_faults_of_large_temporaries():
+    program = """
+import resource, sys, torch
+from lorasp import bench
+print(bench.pin_malloc(), file=sys.stderr)
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(48 * 2**20, dtype=torch.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(min(faults() for _ in range(3)))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    pages = 48 * 2**20 // resource.getpagesize()
+    assert "pinned for every variant" in done.stderr
+    assert int(done.stdout) < pages // 100
+
+
+def test_bench_writes_a_table_a_csv_and_a_plot(tmp_path, capsys):
+    arguments = ["bench", "--mknr", "16,32,48,4", "8,32,32,2", "--providers", "peft-half", "lorasp", "lorasp+fa"]
+    assert cli.main([*arguments, "--rounds", "2", "--dropout", "0.1", "--out", str(tmp_path / "new")]) == 0
+    shown = capsys.readouterr().out
+    assert "16×32×48 r4" in shown
+    assert "malloc thresholds" in shown
+    (table,) = (tmp_path / "new").glob("*.csv")
+    rows = list(csv.DictReader(table.open()))
+    assert len(rows) == 2 * 4 * len(MODES)
+    assert {row["provider"] for row in rows} == {"linear", "peft-half", "lorasp", "lorasp+fa"}
+    first = rows[0]
+    assert (first["M"], first["K"], first["N"], first["R"], first["dropout_p"]) == ("16", "32", "48", "4", "0.1")
+    for column in ("device", "torch", "lorasp", "commit", "peft", "ratio_q1", "saved_bytes", "flops", "min_bytes"):
+        assert column in first
+    assert first["torch"] == torch.__version__
+    (picture,) = (tmp_path / "new").glob("*.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert max(map(len, shown.splitlines())) <= 110
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shapes", "gpt"], "--shapes must be among llama3-8b, roberta-large"),
+        (["--providers", "triton"], "kind must be one of"),
+        (["--dropout", "1"], r"--dropout must be in \[0, 1\), got 1"),
+    ],
+)
+def test_bench_names_what_it_cannot_do(arguments, message, tmp_path, capsys):
+    assert cli.main(["bench", *arguments, "--out", str(tmp_path)]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_an_unavailable_provider_asked_for_by_name_is_an_error(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(registry, "_triton_interpreted", False)
+    arguments = ["--mknr", "8,16,16,2", "--rounds", "1", "--providers", "lorasp:triton", "--dtype", "fp32"]
+    assert cli.main(["bench", *arguments, "--out", str(tmp_path)]) == 2
+    assert "not measured: lorasp:triton: triton takes cpu tensors only" in capsys.readouterr().out
+
+
+def test_named_sets_take_the_models_sizes():
+    sizes = {shape.name: (shape.K, shape.N) for shape in bench.SHAPES["llama3-8b"]}
+    assert sizes == {"q_o": (4096, 4096), "k_v": (4096, 1024), "gate_up": (4096, 14336), "down": (14336, 4096)}
+    assert {shape.M for shape in bench.with_tokens(bench.SHAPES["llama3-8b"], 7)} == {7}
+
+
+def test_a_file_name_says_device_dtype_and_dropout():
+    stem = bench_report.stem("Intel(R) Xeon(R) @ 2.30GHz (2 threads)", "bfloat16", 0.1)
+    assert stem.startswith("lora_linear-intel-xeon-2-30ghz-2-threads-bfloat16-dropout0.1-")
+
+
+def test_the_plot_takes_results_with_missing_providers(tmp_path):
+    results = list(bench.run([SHAPE, Shape(8, 16, 16, 2)], providers("lorasp"), dtype=torch.float32, rounds=1))
+    results[1].measurements = [m for m in results[1].measurements if m.provider.kind == "linear"]
+    results[0].measurements = [dataclasses.replace(m, ratio_q3=m.ratio) for m in results[0].measurements]
+    bench_report.plot(tmp_path / "plot.png", results, "a machine", "float32")
+    assert (tmp_path / "plot.png").stat().st_size > 0

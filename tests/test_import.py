@@ -1,0 +1,95 @@
+"""`import lorasp` needs neither triton nor the extension nor a GPU, and imports no heavy friend."""
+
+import ast
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1]
+ALLOWED = {
+    "lorasp/rng.py": set(),
+    "lorasp/config.py": set(),
+    "lorasp/memory.py": set(),
+    "lorasp/reference": {"rng"},
+    "lorasp/ops": {"ops", "reference", "triton_kernels"},
+    "lorasp/functional.py": {"ops", "rng"},
+    "lorasp/nn.py": {"config", "functional"},
+    "lorasp/inject.py": {"config", "nn"},
+    "lorasp/checkpoint.py": {"config", "inject", "nn"},
+    "triton_kernels": {"triton_kernels"},
+}
+
+
+def run(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+
+
+def test_cold_import_touches_no_heavy_module_and_no_gpu():
+    result = run("""
+        import sys, torch
+        import lorasp
+        heavy = {"triton", "transformers", "peft", "rich", "matplotlib", "safetensors", "triton_kernels"}
+        print(sorted(heavy & set(sys.modules)), torch.cuda.is_initialized())
+    """)
+    assert result.stdout.strip() == "[] False", result.stderr
+
+
+def test_import_and_call_without_triton_and_without_extension():
+    result = run("""
+        import importlib.util
+        real = importlib.util.find_spec
+        importlib.util.find_spec = lambda name, *a: None if name in ("triton", "lorasp._C") else real(name, *a)
+        import torch, lorasp
+        x, w = torch.randn(3, 8), torch.randn(4, 8)
+        y = lorasp.lora_linear(x, w, torch.randn(2, 8), torch.randn(4, 2))
+        print(tuple(y.shape), lorasp.available_backends())
+    """)
+    assert result.returncode == 0, result.stderr
+    assert "(3, 4)" in result.stdout
+    assert "'cpp': 'not built" in result.stdout
+    assert "'triton': 'triton is not installed'" in result.stdout
+
+
+def test_broken_extension_is_a_loud_error(tmp_path):
+    result = run(f"""
+        import importlib.util, importlib
+        real_spec, real_import = importlib.util.find_spec, importlib.import_module
+        importlib.util.find_spec = lambda name, *a: object() if name == "lorasp._C" else real_spec(name, *a)
+        def broken(name, *a):
+            if name == "lorasp._C":
+                raise ImportError("undefined symbol: _ZN3c10")
+            return real_import(name, *a)
+        importlib.import_module = broken
+        import lorasp
+        {tmp_path!r}
+    """)
+    assert result.returncode != 0
+    assert "does not load (undefined symbol" in result.stderr
+
+
+def imported_rooms(path):
+    """Names of lorasp's rooms that one file imports."""
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "lorasp":
+            parts = node.module.split(".")
+            rooms |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            rooms |= {a.name.split(".")[1] for a in node.names if a.name.startswith("lorasp.")}
+    return rooms
+
+
+@pytest.mark.parametrize("room", sorted(ALLOWED))
+def test_arrows_run_one_way(room):
+    path = PACKAGE / room
+    files = [path] if path.suffix == ".py" else sorted(path.glob("*.py"))
+    assert files
+    for file in files:
+        extra = imported_rooms(file) - ALLOWED[room]
+        assert not extra, f"{file.relative_to(PACKAGE)} imports {extra}"
