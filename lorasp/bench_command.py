@@ -51,7 +51,8 @@ def run(options: argparse.Namespace) -> int:
     machine = info.device_name(device)
     versions = info.versions()
     rules = bench.pin_malloc() if device.type == "cpu" else "L2 overwritten before every call"
-    print(f"{machine}; torch {versions['torch']}, lorasp {versions['lorasp']} {versions['commit']}".rstrip())
+    print(machine)
+    print(f"torch {versions['torch']}, lorasp {versions['lorasp']} {versions['commit']}".rstrip())
     print(rules)
     dtype = str(options.dtype).removeprefix("torch.")
     results = []
@@ -72,6 +73,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _plot(path, results, machine, dtype, dropout_p, versions) -> None:
+    if all(m.provider.kind == bench.BASE for result in results for m in result.measurements):
+        print("no plot: nothing but the frozen nn.Linear could be measured")
+        return
     drop = f"dropout {dropout_p:g}" if dropout_p else "no dropout"
     subtitle = f"{dtype}, {drop}; torch {versions['torch']}, lorasp {versions['lorasp']} {versions['commit']}".rstrip()
     try:

@@ -1,0 +1,171 @@
+"""python -m lorasp: what each command prints and returns, on a complete machine and on a bare one."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lorasp import cli, demo
+from lorasp.ops import lora_linear, registry
+
+
+def run_without(blocked: list[str], *arguments: str) -> subprocess.CompletedProcess:
+    """`python -m lorasp …` in a process where the blocked modules cannot be imported."""
+    program = (
+        "import sys\n"
+        f"for name in {blocked!r}: sys.modules[name] = None\n"
+        "from lorasp import cli\n"
+        f"sys.exit(cli.main({list(arguments)!r}))"
+    )
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("blocked", "lines"),
+    [
+        ([], ["auto on cpu"]),
+        (["triton"], ["triton        triton is not installed"]),
+        (["lorasp._C"], ["cpp           not built", "auto on cpu   reference"]),
+        (["triton", "lorasp._C", "rich", "matplotlib", "transformers", "peft"], ["reference     runs here"]),
+    ],
+    ids=["complete", "no triton", "no extension", "torch alone"],
+)
+def test_info_works_on_any_machine(blocked, lines):
+    done = run_without(blocked, "info")
+    assert done.returncode == 0, done.stderr
+    for line in [
+        "lorasp        ",
+        f"torch         {torch.__version__}",
+        "model ",
+        "plans of the triton backend",
+        *lines,
+    ]:
+        assert line in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("module", ["rich", "matplotlib", "transformers", "peft"])
+def test_demo_names_the_extra_it_needs(module, tmp_path):
+    done = run_without([module], "demo", "--out", str(tmp_path))
+    assert done.returncode == 2
+    assert f"lorasp demo: needs {module}" in done.stderr
+    assert 'pip install "lorasp[demo]"' in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bench_without_its_extra_says_what_is_missing(tmp_path):
+    arguments = ["bench", "--mknr", "8,16,16,2", "--rounds", "1", "--dtype", "fp32", "--out", str(tmp_path)]
+    done = run_without(["rich", "matplotlib", "peft"], *arguments)
+    assert done.returncode == 0, done.stderr
+    assert 'not measured: peft: peft is not installed: pip install "lorasp[bench]"' in done.stdout
+    assert "no plot: " in done.stdout
+    assert [path.suffix for path in tmp_path.iterdir()] == [".csv"]
+    assert "provider" in done.stdout
+
+
+def test_the_module_runs():
+    done = subprocess.run([sys.executable, "-m", "lorasp", "--help"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    assert "{info,demo,bench,check}" in done.stdout
+
+
+CHECK = ["check", "--shapes", "5,24,40,3", "--device", "cpu"]
+
+
+def test_check_passes_where_the_backend_is_right(capsys):
+    assert cli.main([*CHECK, "--backend", "reference", "auto"]) == 0
+    shown = capsys.readouterr().out
+    assert "FAILED" not in shown
+    assert "comparisons within the bound" in shown
+    assert max(len(line.rstrip()) for line in shown.splitlines()) <= 100
+
+
+def test_check_takes_every_backend_that_runs_here(capsys):
+    assert cli.main([*CHECK, "--dtype", "fp32"]) == 0
+    shown = capsys.readouterr().out
+    for name, reason in registry.available_backends().items():
+        assert (f" {name} " in shown) == (reason is None)
+
+
+@pytest.mark.parametrize(
+    ("op", "result", "tensor"), [("forward_ops", 0, "y"), ("backward_ops", 0, "dx"), ("backward_ops", 2, "dlora_B")]
+)
+def test_check_catches_a_broken_backend(op, result, tensor, capsys, monkeypatch):
+    right = getattr(lora_linear, op)["reference"]
+
+    def broken(*arguments):
+        results = list(right(*arguments))
+        results[result] = results[result] * 1.5
+        return tuple(results)
+
+    monkeypatch.setitem(getattr(lora_linear, op), "cpp", broken)
+    monkeypatch.setattr(registry, "_cpp_missing", None)
+    assert cli.main([*CHECK, "--backend", "cpp", "--dtype", "fp32"]) == 1
+    shown = capsys.readouterr().out
+    assert f"FAILED cpp:addmm {tensor} [5x24x40 r3 float32 bias]: error" in shown
+    assert {line.split()[2] for line in shown.splitlines() if line.startswith("FAILED")} == {tensor}
+
+
+def test_check_as_json(capsys):
+    assert cli.main([*CHECK, "--backend", "reference", "--dtype", "fp32", "bf16", "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert {result["tensor"] for result in results} == {"y", "dx", "dlora_A", "dlora_B"}
+    assert all(result["ok"] and 0 <= result["error"] <= result["bound"] for result in results)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "arguments are required"),
+        (["check", "--shapes", "3,4"], "must be four whole numbers M,K,N,R above 0, got '3,4'"),
+        (["check", "--shapes", "3,4,5,0"], "must be four whole numbers M,K,N,R above 0, got '3,4,5,0'"),
+        (["check", "--dtype", "int8"], "must be fp32, bf16 or fp16, got 'int8'"),
+        (["check", "--device", "tpu"], "argument --device"),
+        (["check", "--device", "cuda:99"], "cuda:99: torch sees"),
+        (["check", "--backend", "magic"], "--backend must be among auto, reference, cpp, triton, cuda, got 'magic'"),
+        (["check", "--backend", "cuda"], "cuda"),
+        (["demo", "--steps", "0"], "must be at least 1, got 0"),
+        (["demo", "--size", "tiny", "--out", "/dev/null/x"], "--out /dev/null/x: "),
+    ],
+)
+def test_usage_errors_exit_with_2(arguments, message, capsys):
+    try:
+        code = cli.main(arguments)
+    except SystemExit as stop:  # argparse's own
+        code = stop.code
+    assert code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_demo_prints_a_table_and_draws_a_picture(tmp_path, capsys):
+    assert cli.main(["demo", "--size", "tiny", "--steps", "2", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    for name in ("full fine-tuning", "PEFT LoRA", "lorasp LoRA", "lorasp LoRA-FA", "In this run", "lorasp-demo.png"):
+        assert name in shown
+    assert (tmp_path / "lorasp-demo.png").read_bytes().startswith(b"\x89PNG")
+    assert max(len(line.rstrip()) for line in shown.split("wrote")[0].splitlines()) <= 110
+
+
+def test_demo_measures_the_same_model_four_ways():
+    def measure():
+        device, size = torch.device("cpu"), demo.SIZES["tiny"]
+        base = demo.make_model(size, torch.float32, device, seed=1)
+        methods = demo.make_methods(base, size)
+        list(demo.adapt(methods, demo.source(), size, 2, device, seed=1))
+        return methods
+
+    first, again = measure(), measure()
+    assert [m.held_out for m in first] == [m.held_out for m in again]
+    full, peft, lora, fa = first
+    before = {m.held_out[0][1] for m in first}
+    assert len(before) == 1
+    assert all(math.isfinite(m.held_out[-1][1]) for m in first)
+    assert peft.trainable == lora.trainable > fa.trainable
+    assert full.trainable == sum(p.numel() for p in full.model.parameters())
+    assert peft.optimizer_bytes == lora.optimizer_bytes == 2 * 4 * lora.trainable
+    assert fa.saved < lora.saved <= peft.saved
+    # The same function, trained alike: closer to PEFT than freezing A is.
+    assert abs(lora.held_out[-1][1] - peft.held_out[-1][1]) < abs(fa.held_out[-1][1] - peft.held_out[-1][1])
