@@ -160,10 +160,10 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
+    _make_folder(options.out)
     require("demo", "rich", "matplotlib", "transformers", "peft", "safetensors", extra="demo")
     from lorasp import demo
 
-    _make_folder(options.out)
     demo.run(
         device=options.device or _default_device(), size=options.size, steps=options.steps, seed=options.seed,
         out=options.out,
@@ -196,6 +196,8 @@ def _check(options: argparse.Namespace) -> int:
     for name in backends or ():
         if name not in ("auto", *registry.BACKENDS):
             raise UsageError(f"--backend must be among auto, {', '.join(registry.BACKENDS)}, got {name!r}")
+        if reason := registry.available_backends().get(name):
+            raise UsageError(f"backend {name}: {reason}")
     if backends is None:
         missing = registry.available_backends()
         backends = [

@@ -185,6 +185,17 @@ def backend_plans(backend: str) -> tuple[str, ...]:
     )
 
 
+def plan_obstacle(backend: str, plan: str, dtype: torch.dtype, device: str | torch.device = "cpu") -> str | None:
+    """Why `backend` refuses `plan` in `dtype` on this machine, by the smallest possible call; None where it takes it."""
+    inputs = make_inputs(1, 1, 1, 1, dtype, device)
+    try:
+        with registry.use_backend(backend, plan):
+            lora_linear(inputs["x"], inputs["weight"], inputs["lora_A"], inputs["lora_B"])
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def check(
     op: str = "lora_linear",
     backend: str = "auto",
@@ -196,8 +207,9 @@ def check(
     """Compare `backend` with the fp64 reference on this machine: outputs and every gradient, by the tolerance rule.
 
     shapes: (M, K, N, R) each, default a few odd and even ones; dtypes: default all the backend takes; device: default
-    cuda where it is available; plans: default all of the backend's. Returns every comparison; all(r.ok for r in ...)
-    is the verdict. Raises ValueError for an unknown op or an unavailable backend.
+    cuda where it is available; plans: default all of the backend's that this machine has for the dtype. Returns every
+    comparison; all(r.ok for r in ...) is the verdict. Raises ValueError for an unknown op, an unavailable backend or a
+    plan that it lacks.
     """
     if op != "lora_linear":
         raise ValueError(f"check: op must be lora_linear, got {op!r}")
@@ -208,9 +220,15 @@ def check(
         dtypes = [d for d in known if backend == "auto" or registry.unsupported(backend, device.type, d) is None]
         if not dtypes:
             raise ValueError(f"check: {registry.unsupported(backend, device.type, torch.float32)}")
-    return [
-        result
-        for plan in (plans or backend_plans(backend))
-        for case in cases(shapes, dtypes)
-        for result in check_case(case, backend, plan, device)
-    ]
+    results = []
+    for dtype in dtypes:
+        chosen = plans
+        if chosen is None:
+            obstacles = {plan: plan_obstacle(backend, plan, dtype, device) for plan in backend_plans(backend)}
+            chosen = [plan for plan, obstacle in obstacles.items() if obstacle is None]
+            if not chosen:
+                raise ValueError(f"check: {'; '.join(obstacles.values())}")
+        for plan in chosen:
+            for case in cases(shapes, [dtype]):
+                results += check_case(case, backend, plan, device)
+    return results

@@ -97,7 +97,7 @@ def test_check_catches_a_broken_backend(op, result, tensor, capsys, monkeypatch)
     right = getattr(lora_linear, op)["reference"]
 
     def broken(*arguments):
-        results = list(right(*arguments))
+        results = list(right(*arguments[:-2], "auto", None))  # without plan and packed weight
         results[result] = results[result] * 1.5
         return tuple(results)
 
@@ -126,7 +126,7 @@ def test_check_as_json(capsys):
         (["check", "--device", "tpu"], "argument --device"),
         (["check", "--device", "cuda:99"], "cuda:99: torch sees"),
         (["check", "--backend", "magic"], "--backend must be among auto, reference, cpp, triton, cuda, got 'magic'"),
-        (["check", "--backend", "cuda"], "cuda"),
+        (["check", "--backend", "cuda"], "lorasp check: backend cuda: not built"),
         (["demo", "--steps", "0"], "must be at least 1, got 0"),
         (["demo", "--size", "tiny", "--out", "/dev/null/x"], "--out /dev/null/x: "),
     ],
