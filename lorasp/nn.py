@@ -209,6 +209,11 @@ class LoRALinear(nn.Module):
             self._packed = _Packed(state, pack_weight(weight.detach().to(dtype)))
         return self._packed.weight
 
+    @property
+    def packed(self) -> PackedWeight | None:
+        """The packed copies of the weight, if a forward has made them."""
+        return self._packed and self._packed.weight
+
     def drop_packed(self) -> None:
         """Forget the packed copies of the weight; the next forward makes them again."""
         self._packed = None

@@ -91,6 +91,16 @@ def test_round_trip(variant, tmp_path):
     assert (second / WEIGHTS_NAME).read_bytes() == (tmp_path / WEIGHTS_NAME).read_bytes()
 
 
+@pytest.mark.gpu
+def test_files_travel_between_devices(tmp_path):
+    model = saved(tmp_path, modules_to_save=["score"])
+    load_adapter(on_gpu := Model().cuda(), tmp_path)
+    save_adapter(on_gpu, tmp_path / "again")
+    assert (tmp_path / "again" / WEIGHTS_NAME).read_bytes() == (tmp_path / WEIGHTS_NAME).read_bytes()
+    load_adapter(back := Model(), tmp_path / "again")
+    assert torch.equal(outputs(back), outputs(model))
+
+
 def test_files_are_pefts(tmp_path):
     saved(tmp_path, target_modules=["up"], bias="lora_only", modules_to_save=["score"], freeze_A=True)
     names = [f"model.layers.{i}.up" for i in range(3)]

@@ -33,7 +33,7 @@ def composition(layer: LoRALinear, x: torch.Tensor) -> torch.Tensor:
 
 def gradients(y: torch.Tensor, *leaves: torch.Tensor) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(7)
-    dy = torch.randn(y.shape, generator=generator).to(y.dtype)
+    dy = torch.randn(y.shape, generator=generator).to(y.device, y.dtype)
     return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
 
 
@@ -51,6 +51,23 @@ def test_computes_the_formula(dtype, adapter_dtype, bias):
     for what, *tensors in zip(("y", "dx", "dA", "dB"), actual, reference, reference64, strict=True):
         testing.assert_close(*tensors, dtype, what)
     assert actual[2].dtype == actual[3].dtype == (adapter_dtype or dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("freeze_A", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_computes_the_formula_on_a_gpu_in_a_compiled_graph_too(dtype, freeze_A):
+    torch.manual_seed(0)
+    layer = LoRALinear(1024, 768, r=16, init_lora_weights=False, freeze_A=freeze_A, dtype=dtype, device="cuda")
+    x = torch.randn(2048, 1024, dtype=dtype, device="cuda", requires_grad=True)
+    exact, x64 = copy.deepcopy(layer).double(), x.detach().double().requires_grad_()
+    leaves = ("lora_B",) if freeze_A else ("lora_A", "lora_B")
+    reference = gradients(composition(layer, x), x, *(getattr(layer, name) for name in leaves))
+    reference64 = gradients(composition(exact, x64), x64, *(getattr(exact, name) for name in leaves))
+    for module in (layer, torch.compile(layer, fullgraph=True)):
+        actual = gradients(module(x), x, *(getattr(layer, name) for name in leaves))
+        for what, *tensors in zip(("y", "dx", *leaves), actual, reference, reference64, strict=True):
+            testing.assert_close(*tensors, dtype, what)
 
 
 @pytest.mark.parametrize(("use_rslora", "scale"), [(False, 16 / R), (True, 16 / math.sqrt(R))])

@@ -5,6 +5,7 @@ import torch
 import transformers
 from torch import nn
 
+import lorasp
 from lorasp import LoRAConfig, LoRALinear, inject
 from lorasp.memory import saved_bytes
 
@@ -42,6 +43,23 @@ def test_one_layer(case, dtype, adapter_dtype, x_needs_grad, dropout):
     assert saved_bytes(lambda: module(x), exclude=module) == expected
 
 
+@pytest.mark.parametrize("freeze_A", [False, True])
+def test_a_transposed_weight_is_not_copied(freeze_A):
+    conv = transformers.pytorch_utils.Conv1D(N, K)
+    module = LoRALinear.from_linear(conv, LoRAConfig(r=R, freeze_A=freeze_A))
+    x = torch.randn(M, K, requires_grad=True)
+    assert saved_bytes(lambda: module(x), exclude=module) == M * (K * (not freeze_A) + R) * 4
+
+
+def test_packed_weights_are_weights():
+    if lorasp.available_backends()["cpp"] is not None:
+        pytest.skip("packed weights need the C++ backend")
+    module = layer(prepack=True, freeze_A=True)
+    x = torch.randn(M, K, requires_grad=True)
+    assert saved_bytes(lambda: module(x), exclude=module) == M * R * 4
+    assert saved_bytes(lambda: module(x), exclude=(*module.parameters(), *module.buffers())) > M * R * 4
+
+
 def test_a_trained_weight_needs_x_once():
     module = layer()
     module.requires_grad_(True)
@@ -75,6 +93,17 @@ def test_layers_on_one_input_share_it(freeze_A, dropout):
     x = torch.randn(2, M // 2, K, requires_grad=True)
     expected = M * (K * (not freeze_A) + 3 * R) * 4 + 3 * SEED * (dropout > 0)
     assert saved_bytes(lambda: [module(x) for module in modules], exclude=modules) == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("freeze_A", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_one_layer_on_a_gpu(dtype, freeze_A, dropout):
+    module = LoRALinear(1024, 768, r=16, freeze_A=freeze_A, lora_dropout=dropout, dtype=dtype, device="cuda")
+    x = torch.randn(2048, 1024, dtype=dtype, device="cuda", requires_grad=True)
+    expected = 2048 * (1024 * (not freeze_A) + 16) * dtype.itemsize + SEED * (dropout > 0)
+    assert saved_bytes(lambda: module(x), exclude=module) == expected
 
 
 def test_nothing_is_kept_where_no_gradient_flows():
