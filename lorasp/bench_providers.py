@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasp import rng, testing
-from lorasp.bench import Candidate, Provider, Shape, Unavailable, Workload
+from lorasp.bench_cases import Candidate, Provider, Shape, Unavailable, Workload
 from lorasp.config import LoRAConfig
 from lorasp.functional import lora_linear
 from lorasp.nn import LoRALinear
@@ -71,7 +71,7 @@ def _build_linear(provider: Provider, workload: Workload) -> Candidate:
         # Its own copy: a weight that requires grad would cost the other providers a gradient.
         layer.weight = nn.Parameter(workload.weight.clone())
         inputs, names = (workload.x, layer.weight), ("dx", "dweight")
-    return Candidate(provider, functools.partial(layer, workload.x), inputs, names, workload.dy, layer)
+    return Candidate(provider, workload, functools.partial(layer, workload.x), inputs, names, layer)
 
 
 def _adapted(
@@ -83,7 +83,7 @@ def _adapted(
     trained = (lora_B,) if provider.freeze_A else (lora_A, lora_B)
     names = ("dlora_B",) if provider.freeze_A else ("dlora_A", "dlora_B")
     return Candidate(
-        provider, functools.partial(call, workload.x), (workload.x, *trained), ("dx", *names), workload.dy, layer,
+        provider, workload, functools.partial(call, workload.x), (workload.x, *trained), ("dx", *names), layer,
         **kwargs,
     )  # fmt: skip
 
@@ -130,13 +130,14 @@ def _build_lorasp(provider: Provider, workload: Workload) -> Candidate:
     return _adapted(provider, workload, layer, layer, layer.lora_A, layer.lora_B, context=context)
 
 
-def verify(candidate: Candidate, workload: Workload) -> None:
+def verify(candidate: Candidate) -> None:
     """Raise AssertionError unless output and gradients meet lorasp.testing's tolerance rule.
 
     lorasp with dropout is compared under the same mask. PEFT draws another one, so its layer is compared with dropout
     off (eval mode).
     """
-    provider, dropout_p = candidate.provider, workload.dropout_p
+    provider, workload = candidate.provider, candidate.workload
+    dropout_p = workload.dropout_p
     if provider.kind.startswith("peft"):
         candidate.layer.eval()
         dropout_p = 0.0
@@ -148,7 +149,7 @@ def verify(candidate: Candidate, workload: Workload) -> None:
             y = candidate.forward()
         except ValueError as error:  # a backend that lacks this plan, dtype or layout says so here
             raise Unavailable(str(error)) from error
-        actual = (y.detach(), *torch.autograd.grad(y, candidate.inputs, candidate.dy))
+        actual = (y.detach(), *torch.autograd.grad(y, candidate.inputs, workload.dy))
     candidate.layer.train()
     for name, have in zip(("y", *candidate.names), actual, strict=True):
         want, want64 = (_expected(workload, provider.adapts, dropout_p, seed, wide)[name] for wide in (False, True))

@@ -18,14 +18,14 @@ def title(shape: Shape, dtype: str, dropout_p: float) -> str:
 
 
 def print_result(result: ShapeResult) -> None:
-    """One row per provider: milliseconds, ratio to the frozen nn.Linear with its quartiles, floor, bytes."""
+    """One row per provider: milliseconds, ratio to the frozen nn.Linear with its quartiles, FLOP floor, bytes."""
     by_mode: dict[str, dict[Provider, Measurement]] = {}
     for m in result.measurements:
         by_mode.setdefault(m.mode, {})[m.provider] = m
     with_peak = any(m.peak_bytes is not None for m in result.measurements)
     columns = ["provider"]
     for mode in by_mode:
-        columns += [f"{_SHORT[mode]} ms", "× linear (quartiles)"]
+        columns += [f"{_SHORT[mode]} ms", "ratio (quartiles)"]
     columns += ["floor", "saved MiB"] + ["peak MiB"] * with_peak
     rows = []
     for provider, one in next(iter(by_mode.values())).items():
@@ -103,7 +103,7 @@ def plot(path: Path, results: Sequence[ShapeResult], machine: str, subtitle: str
         _bars(axis, results, providers, colours, mode)
         axis.axhline(1.0, color="#202124", linewidth=1, zorder=3)
         axis.set_ylabel("time ÷ frozen nn.Linear")
-        axis.set_title(f"{mode}: ratio of medians' rounds, quartiles as whiskers (1 = frozen nn.Linear)", fontsize=10)
+        axis.set_title(f"{mode}: median ratio over interleaved rounds, whiskers are quartiles", fontsize=10)
     _saved_bars(axes[-1], results, providers, colours)
     axes[-1].set_xticks(range(len(results)), [result.shape.label for result in results])
     handles, labels = axes[0].get_legend_handles_labels()
@@ -148,9 +148,14 @@ def _bars(axis, results, providers, colours, mode) -> None:
             error_kw={"elinewidth": 0.8, "ecolor": "#202124"},
         )  # fmt: skip
         for x, (_, m) in zip(at, found, strict=True):
-            axis.text(x, m.ratio_q3 + 0.015, f"{m.ratio:.2f}", ha="center", va="bottom", fontsize=6.5, rotation=90)
+            _annotate(axis, x, m.ratio_q3, f"{m.ratio:.2f}")
     axis.margins(y=0.16)
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def _annotate(axis, x: float, top: float, text: str) -> None:
+    style = {"ha": "center", "va": "bottom", "fontsize": 6.5, "rotation": 90}
+    axis.annotate(text, (x, top), (0, 3), textcoords="offset points", **style)
 
 
 def _saved_bars(axis, results, providers, colours) -> None:
@@ -163,10 +168,7 @@ def _saved_bars(axis, results, providers, colours) -> None:
                     i + offset, saved[provider], bar * 0.92, color=colours[provider], edgecolor="white", linewidth=0,
                     hatch="///" if provider.freeze_A else None,
                 )  # fmt: skip
-                axis.text(
-                    i + offset, saved[provider], f" {saved[provider]:.3g}", ha="center", va="bottom", fontsize=6.5,
-                    rotation=90,
-                )  # fmt: skip
+                _annotate(axis, i + offset, saved[provider], f"{saved[provider]:.3g}")
     axis.set_ylabel("MiB")
     axis.set_title("saved for backward beyond weights (hatched: A frozen, LoRA-FA)", fontsize=10)
     axis.margins(y=0.22)

@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--steps", type=_at_least(1), help="adaptation steps per method (default: by device)")
     demo.add_argument("--size", choices=("auto", "tiny", "small", "large"), default="auto", help="model size")
-    demo.add_argument("--device", type=_device, help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+    demo.add_argument("--device", type=device_of, help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     demo.add_argument("--seed", type=_at_least(0), default=0)
     demo.add_argument("--out", type=Path, default=Path("."), help="folder for lorasp-demo.png (default: here)")
     demo.set_defaults(command=_demo)
@@ -67,8 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--tokens", type=_at_least(1), help="M of named sets (default: the set's; 512 for models on CPU)"
     )
-    bench.add_argument("--dtype", type=_dtype, default=torch.bfloat16, help="fp32, bf16 (default), fp16")
-    bench.add_argument("--device", type=_device, help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+    bench.add_argument("--dtype", type=dtype_of, default=torch.bfloat16, help="fp32, bf16 (default), fp16")
+    bench.add_argument("--device", type=device_of, help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     bench.add_argument("--dropout", type=float, default=0.0, help="lora_dropout of every adapter")
     bench.add_argument("--providers", nargs="+", metavar="NAME", help="see below (default: what suits the device)")
     bench.add_argument("--freeze-A", action="store_true", help="freeze A in every adapter (LoRA-FA)")
@@ -84,8 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.add_argument("--backend", nargs="+", metavar="NAME", help="reference, cpp, triton, auto (default: all here)")
     check.add_argument("--shapes", nargs="+", type=_mknr, metavar="M,K,N,R", help="default: a few small ones")
-    check.add_argument("--dtype", nargs="+", type=_dtype, help="fp32, bf16, fp16 (default: all the backend takes)")
-    check.add_argument("--device", type=_device, help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+    check.add_argument("--dtype", nargs="+", type=dtype_of, help="fp32, bf16, fp16 (default: all the backend takes)")
+    check.add_argument("--device", type=device_of, help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     check.add_argument("--json", action="store_true", help="every comparison as JSON on stdout, nothing else")
     check.set_defaults(command=_check)
     return parser
@@ -117,13 +117,13 @@ def _at_least(least: int):
     return whole_number
 
 
-def _dtype(text: str) -> torch.dtype:
+def dtype_of(text: str) -> torch.dtype:
     if text not in _DTYPES:
         raise argparse.ArgumentTypeError(f"must be fp32, bf16 or fp16, got {text!r}")
     return _DTYPES[text]
 
 
-def _device(text: str) -> torch.device:
+def device_of(text: str) -> torch.device:
     try:
         device = torch.device(text)
     except RuntimeError as error:

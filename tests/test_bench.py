@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lorasp import bench, bench_providers, bench_report, cli, console
+from lorasp import bench, bench_providers, bench_report, bench_timing, cli, console
 from lorasp.bench import MODES, Provider, Shape
 from lorasp.ops import registry
 
@@ -62,7 +62,7 @@ def test_flops_are_those_of_the_matrix_products(name, mode):
     with FlopCounterMode(display=False) as counter:
         y = candidate.forward()
         if mode == "forward+backward":
-            y.backward(candidate.dy)
+            y.backward(candidate.workload.dy)
     assert counter.get_total_flops() == bench.flops(SHAPE, provider, mode)
 
 
@@ -99,7 +99,7 @@ class FakeClock:
 
 def test_the_base_runs_before_and_after_every_provider():
     clock = FakeClock({"base": 1.0, "a": 2.0, "b": 3.0})
-    samples = bench.interleave("base", ["a", "b"], clock, rounds=2)
+    samples = bench_timing.interleave("base", ["a", "b"], clock, rounds=2)
     warm_up = 2 * 3
     assert [function for function, _ in clock.order[warm_up:]] == ["base", *["a", "base", "b", "base"] * 2]
     assert samples == [[(2.0, 2.0)] * 2, [(3.0, 3.0)] * 2]
@@ -107,7 +107,7 @@ def test_the_base_runs_before_and_after_every_provider():
 
 def test_a_machine_that_slows_down_steadily_does_not_move_the_ratio():
     clock = FakeClock({"base": 1.0, "a": 1.25}, drift=0.01)
-    (samples,) = bench.interleave("base", ["a"], clock, rounds=9)
+    (samples,) = bench_timing.interleave("base", ["a"], clock, rounds=9)
     assert [ratio for _, ratio in samples] == pytest.approx([1.25] * 9)
     assert samples[-1][0] > samples[0][0]
 
@@ -116,19 +116,19 @@ def test_a_machine_that_slows_down_steadily_does_not_move_the_ratio():
     ("price", "seconds", "rounds"), [(1.0, 20.0, 10), (1.0, 2.0, 5), (0.01, 20.0, 41)], ids=["fits", "least", "most"]
 )
 def test_rounds_fill_the_time_budget(price, seconds, rounds):
-    (samples,) = bench.interleave("base", ["a"], FakeClock({"base": price, "a": price}), seconds=seconds)
+    (samples,) = bench_timing.interleave("base", ["a"], FakeClock({"base": price, "a": price}), seconds=seconds)
     assert len(samples) == rounds
 
 
 def test_a_short_function_is_repeated_within_a_sample():
     clock = FakeClock({"base": 1e-3, "a": 1e-5})
-    bench.interleave("base", ["a"], clock, rounds=1)
+    bench_timing.interleave("base", ["a"], clock, rounds=1)
     assert clock.order[-3:] == [("base", 4), ("a", 400), ("base", 4)]
 
 
 def test_quartiles():
-    assert bench.quartiles([5.0, 1.0, 3.0, 2.0, 4.0]) == (2.0, 3.0, 4.0)
-    assert bench.quartiles([7.0]) == (7.0, 7.0, 7.0)
+    assert bench_timing.quartiles([5.0, 1.0, 3.0, 2.0, 4.0]) == (2.0, 3.0, 4.0)
+    assert bench_timing.quartiles([7.0]) == (7.0, 7.0, 7.0)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
@@ -161,14 +161,14 @@ def test_a_provider_that_cannot_run_here_is_listed_with_the_reason(monkeypatch):
 def test_a_wrong_result_is_never_timed(name, broken):
     workload = bench_providers.make_workload(SHAPE, torch.float32, CPU)
     candidate = bench_providers.build(Provider.parse(name), workload)
-    bench_providers.verify(candidate, workload)
+    bench_providers.verify(candidate)
     if broken == "y":
         right = candidate.forward
         candidate.forward = lambda: right() + 0.01
     else:
         dict(zip(candidate.names, candidate.inputs, strict=True))[broken].register_hook(lambda grad: grad * 1.01)
     with pytest.raises(AssertionError, match=f"{name} {broken} at 24×40×56 r4: error"):
-        bench_providers.verify(candidate, workload)
+        bench_providers.verify(candidate)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
