@@ -1,0 +1,252 @@
+"""Which plan and which tiles a call runs with: architecture defaults plus measured tables, one file per device.
+
+configs/<device>.json, <device> being the CUDA name in lower case with "_" for all but letters and digits;
+configs/default.json serves every device without a file:
+
+    {"device": str, "measured": bool, "provenance": {str: str},
+     "default": {"forward": plan, "backward": plan},
+     "rows": [{"direction": "forward" | "backward", "dtype": "bfloat16" | "float16" | "float32", "dropout": bool,
+               "N": int, "K": int, "R": int, "M": int, "plan": plan, "gemm": {GemmConfig fields} | absent}, …]}
+
+A row speaks for calls of its direction, dtype and dropout whose N, K and R lie within a factor of two of its own. Among
+the rows that speak, the nearest in (log N + log K, log R) and then in log M decides. Where none speaks, "default" does,
+and the tiles are the architecture's. A device that nobody measured runs `addmm`: cuBLAS keeps the frozen product at its
+own speed there.
+"""
+
+import json
+import math
+import re
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+PLANS = ("auto", "addmm", "fused", "onepass")
+_CONFIG_DIR = Path(__file__).parent / "configs"
+
+
+@dataclass(frozen=True)
+class Target:
+    """The hardware a kernel is chosen for. arch: 10·major + minor, 0 the interpreter; shared_memory: bytes per block."""
+
+    name: str
+    arch: int
+    sm_count: int
+    shared_memory: int
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """Tiles of a fused GEMM: out tile (block_m, block_c), steps of block_d over the dimension summed over.
+
+    tma: persistent kernel with tensor descriptors; flatten: one pipeline across its tiles; subtiles: pieces (1 or 2)
+    the output tile is stored in, to save shared memory.
+    """
+
+    block_m: int
+    block_c: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+    group_m: int = 8
+    tma: bool = False
+    flatten: bool = False
+    subtiles: int = 1
+
+
+@dataclass(frozen=True)
+class SkinnyConfig:
+    """Tiles of a rank-R product: (block_m, block_c) of the large matrix, block_r columns of the small one."""
+
+    block_m: int
+    block_c: int
+    block_r: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one GEMM runs: name is addmm, fused or onepass; gemm is None where the architecture's tiles are meant."""
+
+    name: str
+    gemm: GemmConfig | None = None
+
+
+# Opt-in shared memory per block in bytes (CUDA programming guide, "Technical Specifications per Compute Capability").
+_SHARED_MEMORY = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 110: 232448}
+_SMALLEST_SHARED_MEMORY = 101376
+_TYPICAL_SM_COUNT = {80: 108, 90: 132, 100: 148, 120: 170}
+INTERPRETER = Target("interpreter", arch=0, sm_count=4, shared_memory=_SMALLEST_SHARED_MEMORY)
+
+
+def target_of_arch(arch: int) -> Target:
+    """The target that stands for an architecture where no device is at hand."""
+    return Target(
+        f"sm_{arch}", arch, _TYPICAL_SM_COUNT.get(arch, 64), _SHARED_MEMORY.get(arch, _SMALLEST_SHARED_MEMORY)
+    )
+
+
+@lru_cache
+def target_of_device(device: torch.device) -> Target:
+    """The target of a tensor's device. CPU tensors are the interpreter's."""
+    if device.type == "cpu":
+        return INTERPRETER
+    properties = torch.cuda.get_device_properties(device)
+    arch = 10 * properties.major + properties.minor
+    limit = getattr(properties, "shared_memory_per_block_optin", target_of_arch(arch).shared_memory)
+    return Target(properties.name, arch, properties.multi_processor_count, limit)
+
+
+def next_power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def pad_rank(R: int, most: int) -> int:
+    """BLOCK_R: a power of two, at least tl.dot's 16, at most `most` (the rest is looped over)."""
+    return min(max(next_power_of_two(R), 16), most)
+
+
+def _fit_stages(target: Target, stage_bytes: int, fixed_bytes: int, most: int) -> int:
+    return max(1, min(most, (target.shared_memory - fixed_bytes) // stage_bytes))
+
+
+def gemm_config(
+    target: Target,
+    dtype: torch.dtype,
+    M: int,
+    *,
+    tma: bool,
+    aligned: bool,
+    dropout: bool = False,
+    extra_rank: int = 0,
+) -> GemmConfig:
+    """The architecture's default tiles for a fused GEMM: no variant spills, none exceeds its shared memory.
+
+    tma: the operands suit tensor descriptors; aligned: their rows suit vector loads; dropout: a mask is formed in the
+    tile, which one pipeline across tiles does not allow; extra_rank: BLOCK_R of onepass's second accumulator.
+    """
+    if target.arch == 0:
+        return GemmConfig(32, 32, 32, num_warps=4, num_stages=2, group_m=2, tma=tma)
+    if dtype.itemsize == 4:
+        return GemmConfig(32, 64, 32, num_warps=8, num_stages=2)
+    height = min(128, next_power_of_two(max(M, 16)))
+    if not tma and not aligned:
+        return GemmConfig(min(height, 64), 64, 32, num_warps=4, num_stages=2)
+    if height < 128:
+        return GemmConfig(height, 128, 64, num_warps=4, num_stages=_fit_stages(target, 128 * (height + 128), 16384, 4))
+    if tma and 90 <= target.arch < 120:
+        width = 256 if extra_rank <= 32 else 128
+        flatten = target.arch == 90 and not dropout
+        return GemmConfig(128, width, 64, num_warps=8, num_stages=3, tma=True, flatten=flatten, subtiles=2)
+    if tma and target.arch >= 120:
+        return GemmConfig(128, 128, 32, num_warps=8, num_stages=3, tma=True, subtiles=2)
+    if extra_rank > 32 or (extra_rank and dropout):
+        return GemmConfig(64, 128, 64 if target.shared_memory >= _SHARED_MEMORY[80] else 32, num_warps=8, num_stages=3)
+    depth = 64 if target.shared_memory >= _SHARED_MEMORY[80] else 32
+    return GemmConfig(128, 128, depth, num_warps=8, num_stages=3)
+
+
+def skinny_config(target: Target, dtype: torch.dtype, M: int, R: int, *, aligned: bool) -> SkinnyConfig:
+    """Tiles for the products that stream one (M, C) matrix past a rank-R one."""
+    if target.arch == 0:
+        return SkinnyConfig(32, 32, pad_rank(R, 32), num_warps=4, num_stages=2)
+    height = min(64, next_power_of_two(max(M, 16)))
+    if dtype.itemsize == 4 or not aligned:
+        return SkinnyConfig(min(height, 32), 64, pad_rank(R, 32 if aligned else 16), num_warps=8, num_stages=2)
+    block_r = pad_rank(R, 128)
+    block_c = 128 if block_r <= 64 else 64
+    stage_bytes = 2 * (height * block_c + max(height, block_c) * block_r)
+    num_warps = 4 if target.arch < 100 else 8
+    return SkinnyConfig(height, block_c, block_r, num_warps, _fit_stages(target, stage_bytes, 32768, 4))
+
+
+def one_pass_config(target: Target, dtype: torch.dtype, M: int, R: int, *, aligned: bool) -> SkinnyConfig:
+    """Tiles of the pass over dy that forms g and dB: tall, because each block_m rows cost one set of dB's partials."""
+    if target.arch == 0:
+        return skinny_config(target, dtype, M, R, aligned=aligned)
+    height = min(128 if dtype.itemsize == 2 and aligned else 64, next_power_of_two(max(M, 16)))
+    return SkinnyConfig(height, 64, pad_rank(R, 64), num_warps=8, num_stages=3 if dtype.itemsize == 2 else 2)
+
+
+def accumulate_config(target: Target, dtype: torch.dtype, M: int, R: int, *, aligned: bool) -> SkinnyConfig:
+    """Tiles of the in-place rank-R update."""
+    if target.arch == 0:
+        return skinny_config(target, dtype, M, R, aligned=aligned)
+    wide = dtype.itemsize == 2 and aligned
+    height, width = min(64 if wide else 32, next_power_of_two(max(M, 16))), 128 if wide else 64
+    return SkinnyConfig(height, width, pad_rank(R, 32 if wide else 16), num_warps=8, num_stages=1)
+
+
+def split(target: Target, programs: int, blocks: int, stream_bytes: int, partial_bytes: int) -> int:
+    """How many programs share one sum: enough for two waves of the device, while partials stay cheap.
+
+    programs: without a split; blocks: steps of the sum, an upper bound; stream_bytes: what the kernel reads once;
+    partial_bytes: one set of partials. Written and read once, they may add a quarter to the kernel's bytes.
+    """
+    wanted = -(-2 * target.sm_count // programs)
+    affordable = stream_bytes // max(1, 8 * partial_bytes)
+    return max(1, min(wanted, blocks, affordable))
+
+
+def one_pass_over_dy(M: int, N: int, R: int, itemsize: int, block_m: int) -> bool:
+    """Whether g and dB from one pass over dy move fewer bytes than two kernels that each read dy.
+
+    One pass saves M·N·itemsize and writes, then reads, cdiv(M, block_m)·N·R partials of dB in fp32.
+    """
+    return R <= 64 and 8 * -(-M // block_m) * N * R < M * N * itemsize
+
+
+@lru_cache
+def load_table(name: str) -> dict:
+    """The table of a device name, configs/default.json where it has none. Raises ValueError for a malformed file."""
+    path = _CONFIG_DIR / (re.sub(r"[^a-z0-9]+", "_", name.lower()) + ".json")
+    path = path if path.exists() else _CONFIG_DIR / "default.json"
+    table = json.loads(path.read_text())
+    known = {field.name for field in fields(GemmConfig)}
+    chosen = [*table["default"].values(), *(row["plan"] for row in table["rows"])]
+    tiles = [set(row.get("gemm", {})) for row in table["rows"]]
+    if not set(chosen) <= set(PLANS[1:]) or not all(names <= known for names in tiles):
+        raise ValueError(f"{path.name}: plans must be among {PLANS[1:]} and gemm fields among {sorted(known)}")
+    return table | {"file": path.name}
+
+
+@lru_cache(maxsize=4096)
+def select_plan(
+    plan: str, direction: str, M: int, N: int, K: int, R: int, dtype: torch.dtype, dropout: bool, target: Target
+) -> Plan:
+    """The plan of one call: `plan` itself where it is forced, else the table's choice, on any device.
+
+    direction: "forward" or "backward", whose dx has no one-pass form: onepass means fused there. Raises ValueError for
+    an unknown plan.
+    """
+    if plan not in PLANS:
+        raise ValueError(f"lora_linear: plan must be one of {', '.join(PLANS)}, got {plan!r}")
+    table = load_table(target.name)
+    dtype_name = str(dtype).removeprefix("torch.")
+
+    def apart(row, **sizes):
+        return sum(abs(math.log2(row[name] / size)) for name, size in sizes.items())
+
+    rows = [
+        row
+        for row in table["rows"]
+        if (row["direction"], row["dtype"], row["dropout"]) == (direction, dtype_name, dropout)
+        and (plan == "auto" or row["plan"] == plan)
+        and max(apart(row, N=N), apart(row, K=K), apart(row, R=R)) <= 1
+    ]
+    row = min(rows, key=lambda row: (apart(row, N=N, K=K), apart(row, R=R), apart(row, M=max(M, 1))), default=None)
+    if row is None:
+        chosen = Plan(table["default"][direction] if plan == "auto" else plan)
+    else:
+        chosen = Plan(row["plan"], GemmConfig(**row["gemm"]) if "gemm" in row else None)
+    return replace(chosen, name="fused") if direction == "backward" and chosen.name == "onepass" else chosen
+
+
+def plan_table(device: torch.device | None = None) -> dict:
+    """The table in use on `device` (default: the current CUDA device), its "file" named; `lorasp info` shows it."""
+    if device is None:
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return load_table(target_of_device(device).name)
