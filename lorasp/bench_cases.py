@@ -25,13 +25,14 @@ BASE = "linear"
 
 @dataclass(frozen=True)
 class Shape:
-    """M tokens, K features in, N features out, rank R."""
+    """M tokens, K features in, N features out, rank R; whether the layer has a bias."""
 
     M: int
     K: int
     N: int
     R: int
     name: str = ""
+    bias: bool = False
 
     def __post_init__(self):
         if min(self.M, self.K, self.N, self.R) < 1:
@@ -43,15 +44,17 @@ class Shape:
         return f"{self.name} {sizes}" if self.name else sizes
 
 
-def _layers(tokens: int, rank: int, **layers: tuple[int, int]) -> tuple[Shape, ...]:
-    return tuple(Shape(tokens, k, n, rank, name) for name, (k, n) in layers.items())
+def _layers(tokens: int, rank: int, bias: bool, **layers: tuple[int, int]) -> tuple[Shape, ...]:
+    return tuple(Shape(tokens, k, n, rank, name, bias) for name, (k, n) in layers.items())
 
 
 # The distinct nn.Linear shapes of each model; M is the tokens of one GPU micro-batch.
 SHAPES: dict[str, tuple[Shape, ...]] = {
-    "llama3-8b": _layers(8192, 16, q_o=(4096, 4096), k_v=(4096, 1024), gate_up=(4096, 14336), down=(14336, 4096)),
-    "roberta-large": _layers(4096, 16, attention=(1024, 1024), up=(1024, 4096), down=(4096, 1024)),
-    "t5-base": _layers(4096, 16, attention=(768, 768), wi=(768, 3072), wo=(3072, 768)),
+    "llama3-8b": _layers(
+        8192, 16, False, q_o=(4096, 4096), k_v=(4096, 1024), gate_up=(4096, 14336), down=(14336, 4096)
+    ),
+    "roberta-large": _layers(4096, 16, True, attention=(1024, 1024), up=(1024, 4096), down=(4096, 1024)),
+    "t5-base": _layers(4096, 16, False, attention=(768, 768), wi=(768, 3072), wo=(3072, 768)),
     "square": (Shape(512, 1024, 1024, 8), Shape(2048, 1024, 1024, 16), Shape(2048, 2048, 2048, 16)),
     "square-large": (Shape(8192, 4096, 4096, 16), Shape(8192, 4096, 4096, 64), Shape(8192, 8192, 8192, 16)),
     "small": tuple(Shape(m, 1024, 1024, 16) for m in (1, 8, 32, 128)),

@@ -2,22 +2,25 @@
 
 import argparse
 import sys
+from dataclasses import replace
 
 import torch
 
-from lorasp import bench, bench_providers, bench_report, info
+from lorasp import bench, bench_providers, bench_report, console, info
 from lorasp.bench import Provider, Shape
+from lorasp.console import UsageError
 
+# M of the models' layers on a CPU, where their GPU micro-batch would take minutes per sample.
 _CPU_TOKENS = 512
 
 
-def _shapes(options: argparse.Namespace, device: torch.device) -> list[Shape]:
+def choose_shapes(options: argparse.Namespace, device: torch.device) -> list[Shape]:
     own = [Shape(*sizes) for sizes in options.mknr or ()]
     names = options.shapes or ([] if own else ["llama3-8b" if device.type == "cuda" else "square"])
     shapes = []
     for name in names:
         if name not in bench.SHAPES:
-            raise ValueError(f"--shapes must be among {', '.join(bench.SHAPES)}, got {name!r}")
+            raise UsageError(f"--shapes must be among {', '.join(bench.SHAPES)}, got {name!r}")
         tokens = options.tokens
         if tokens is None and device.type == "cpu" and any(shape.name for shape in bench.SHAPES[name]):
             tokens = _CPU_TOKENS
@@ -25,27 +28,31 @@ def _shapes(options: argparse.Namespace, device: torch.device) -> list[Shape]:
     return shapes + own
 
 
-def _providers(options: argparse.Namespace, device: torch.device) -> list[Provider]:
+def choose_providers(options: argparse.Namespace, device: torch.device) -> list[Provider]:
+    """The providers asked for, or what suits the device. Raises UsageError for one that does not exist."""
     if options.providers is None:
         return bench_providers.default_providers(device, options.freeze_A, options.prepack)
-    providers = [Provider.parse(name) for name in options.providers]
+    try:
+        providers = [Provider.parse(name) for name in options.providers]
+    except ValueError as error:
+        raise UsageError(error) from error
     if options.freeze_A:
-        providers = [bench_providers.freeze(p) if p.adapts else p for p in providers]
+        providers = [replace(p, freeze_A=True) if p.adapts else p for p in providers]
     if options.prepack:
-        providers = [p.packed() if p.kind == "lorasp" else p for p in providers]
+        providers = [replace(p, prepack=True) if p.kind == "lorasp" else p for p in providers]
     return list(dict.fromkeys(providers))
 
 
 def run(options: argparse.Namespace) -> int:
-    """Exit code 0; 2 if a provider asked for by name cannot run here. Raises ValueError for options that do not fit."""
+    """Exit code 0; 1 if a provider computes something wrong; 2 if one asked for by name cannot run here.
+
+    Raises UsageError for options that do not fit.
+    """
     if not 0.0 <= options.dropout < 1.0:
-        raise ValueError(f"--dropout must be in [0, 1), got {options.dropout}")
+        raise UsageError(f"--dropout must be in [0, 1), got {options.dropout}")
     device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shapes, providers = _shapes(options, device), _providers(options, device)
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out {options.out}: {error}") from error
+    shapes, providers = choose_shapes(options, device), choose_providers(options, device)
+    console.make_folder(options.out)
     if options.threads:
         torch.set_num_threads(options.threads)
     machine = info.device_name(device)
@@ -56,13 +63,17 @@ def run(options: argparse.Namespace) -> int:
     print(rules)
     dtype = str(options.dtype).removeprefix("torch.")
     results = []
-    for result in bench.run(
-        shapes, providers, dtype=options.dtype, device=device, dropout_p=options.dropout, rounds=options.rounds,
-        seconds=options.seconds, progress=_progress,
-    ):  # fmt: skip
-        _progress("")
-        bench_report.print_result(result)
-        results.append(result)
+    try:
+        for result in bench.run(
+            shapes, providers, dtype=options.dtype, device=device, dropout_p=options.dropout, rounds=options.rounds,
+            seconds=options.seconds, progress=_progress,
+        ):  # fmt: skip
+            _progress("")
+            bench_report.print_result(result)
+            results.append(result)
+    except AssertionError as error:
+        print(f"lorasp bench: wrong result, nothing is timed: {error}", file=sys.stderr)
+        return 1
     environment = {"device": machine, **versions, "rules": rules}
     path = options.out / f"{bench_report.stem(machine, dtype, options.dropout)}.csv"
     bench_report.write_csv(path, results, environment)

@@ -21,7 +21,7 @@ _SEED = 1234
 
 def make_workload(shape: Shape, dtype: torch.dtype, device: torch.device, dropout_p: float = 0.0) -> Workload:
     """The tensors of lorasp.testing.make_inputs: the low-rank term is as large as the frozen one."""
-    inputs = testing.make_inputs(shape.M, shape.K, shape.N, shape.R, dtype, device, bias=False)
+    inputs = testing.make_inputs(shape.M, shape.K, shape.N, shape.R, dtype, device, bias=shape.bias)
     return Workload(
         shape, inputs["x"].requires_grad_(), inputs["weight"], inputs["bias"], inputs["lora_A"], inputs["lora_B"],
         inputs["dy"], _SCALE, dropout_p,
@@ -35,17 +35,12 @@ def default_providers(device: torch.device, freeze_A: bool = False, prepack: boo
         adapters += [f"lorasp:triton:{plan}" for plan in testing.backend_plans("triton")]
     adapters += ["lorasp+prepack"] * prepack
     trained = [Provider.parse(name) for name in adapters]
-    frozen = [freeze(provider) for provider in trained]
+    frozen = [dataclasses.replace(provider, freeze_A=True) for provider in trained]
     base = [Provider.parse("linear"), Provider.parse("linear-train")]
     reference = Provider.parse("lorasp:reference")
     if freeze_A:
-        return [*base, *frozen, freeze(reference)]
+        return [*base, *frozen, dataclasses.replace(reference, freeze_A=True)]
     return [*base, *trained, *(p for p in frozen if p.kind != "peft-half-compile"), reference]
-
-
-def freeze(provider: Provider) -> Provider:
-    """The same provider with A frozen (LoRA-FA)."""
-    return dataclasses.replace(provider, freeze_A=True)
 
 
 def build(provider: Provider, workload: Workload) -> Candidate:

@@ -10,20 +10,19 @@ from pathlib import Path
 
 import torch
 
+from lorasp import console
+from lorasp.console import UsageError
+
 _DTYPES = {
     "fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16,
     "fp16": torch.float16, "float16": torch.float16,
 }  # fmt: skip
 
 
-class UsageError(Exception):
-    """What the user asked for cannot be done as asked: printed, exit code 2."""
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 a check failed, 2 a usage error."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    """Run one command; returns the exit code: 0 done, 1 a result was wrong, 2 a usage error."""
+    commands = parser()
+    options = commands.parse_args(arguments)
     try:
         return options.command(options)
     except UsageError as error:
@@ -31,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
-def require(command: str, *modules: str, extra: str) -> None:
+def require(*modules: str, extra: str) -> None:
     """Raises UsageError naming the extra unless every module can be imported."""
     for module in modules:
         try:
@@ -40,7 +39,7 @@ def require(command: str, *modules: str, extra: str) -> None:
             raise UsageError(f'needs {module} ({error}): pip install "lorasp[{extra}]"') from error
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lorasp", description="Fused LoRA kernels for PyTorch.")
     commands = parser.add_subparsers(dest="name", required=True, metavar="{info,demo,bench,check}")
 
@@ -51,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         "demo", help="train a small language model, then adapt it four ways and compare", description=_DEMO
     )
     demo.add_argument("--steps", type=_at_least(1), help="adaptation steps per method (default: by device)")
-    demo.add_argument("--size", choices=("auto", "tiny", "small", "large"), default="auto", help="model size")
+    demo.add_argument("--size", choices=("auto", "tiny", "small", "medium", "large"), default="auto", help="model size")
     demo.add_argument("--device", type=device_of, help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     demo.add_argument("--seed", type=_at_least(0), default=0)
     demo.add_argument("--out", type=Path, default=Path("."), help="folder for lorasp-demo.png (default: here)")
@@ -160,8 +159,8 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    _make_folder(options.out)
-    require("demo", "rich", "matplotlib", "transformers", "peft", "safetensors", extra="demo")
+    console.make_folder(options.out)
+    require("rich", "matplotlib", "transformers", "peft", "safetensors", extra="demo")
     from lorasp import demo
 
     demo.run(
@@ -171,20 +170,10 @@ def _demo(options: argparse.Namespace) -> int:
     return 0
 
 
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out {path}: {error}") from error
-
-
 def _bench(options: argparse.Namespace) -> int:
     from lorasp import bench_command
 
-    try:
-        return bench_command.run(options)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    return bench_command.run(options)
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -219,8 +208,6 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _print_check(results: list, failed: list, device: torch.device) -> None:
-    from lorasp import console
-
     groups: dict[tuple[str, str, str, str], list] = {}
     for result in results:
         dtype = result.case.split()[2]

@@ -2,8 +2,21 @@
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 WIDTH = 100
+
+
+class UsageError(Exception):
+    """What the user asked for cannot be done as asked: printed, exit code 2."""
+
+
+def make_folder(path: Path) -> None:
+    """The folder of an --out option. Raises UsageError if it cannot be made."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {path}: {error}") from error
 
 
 def rich_console():

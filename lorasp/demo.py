@@ -57,10 +57,9 @@ SIZES = {
 
 
 def choose_size(device: torch.device) -> str:
-    """small on a CPU; medium on a GPU, large from 40 GB of its memory."""
-    if device.type == "cpu":
-        return "small"
-    return "large" if torch.cuda.get_device_properties(device).total_memory > 40e9 else "medium"
+    """small on a CPU; on a GPU by its memory: medium from 12 GB, large from 40 GB."""
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    return "large" if memory > 40e9 else "medium" if memory > 12e9 else "small"
 
 
 def choose_dtype(device: torch.device) -> torch.dtype:
@@ -156,6 +155,10 @@ class Method:
         """Without the first steps, which allocate and compile."""
         return statistics.median(self.ms[min(3, len(self.ms) // 2) :])
 
+    def set_lr(self, share: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * share
+
     def step(self, rows: Tensor) -> None:
         loss_of(self.model, rows).backward()
         self.optimizer.step()
@@ -214,7 +217,7 @@ def train_base(model: nn.Module, corpus: Corpus, size: Size, device: torch.devic
 def adapt(
     methods: list[Method], corpus: Corpus, size: Size, steps: int, device: torch.device, seed: int
 ) -> Iterator[float]:
-    """Train all methods in turn on the same batches and fill in what was measured.
+    """Train all methods in turn on the same batches, learning rates falling linearly, and fill in what was measured.
 
     Yields, after every step, the mean of the methods' last held-out losses.
     """
@@ -225,6 +228,8 @@ def adapt(
         method.evaluate(0, held_out)
     for step in range(1, steps + 1):
         rows = corpus.batch(size.batch, size, generator, device)
+        for method in methods:
+            method.set_lr(1 - (step - 1) / steps)
         turn = step % len(methods)
         for method in (*methods[turn:], *methods[:turn]):
             _synchronize(device)

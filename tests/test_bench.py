@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lorasp import bench, bench_providers, bench_report, bench_timing, cli, console
+from lorasp import bench, bench_command, bench_providers, bench_report, bench_timing, cli, console
 from lorasp.bench import MODES, Provider, Shape
-from lorasp.ops import registry
+from lorasp.ops import lora_linear, registry
 
 SHAPE = Shape(24, 40, 56, 4)
 CPU = torch.device("cpu")
@@ -136,7 +136,8 @@ def test_quartiles():
 def test_every_provider_is_measured_and_keeps_what_the_contract_says(dtype, dropout_p):
     names = ["linear", "linear-train", "peft", "peft-half", "peft-half+fa", "lorasp", "lorasp+fa", "lorasp+masters"]
     names += ["lorasp:reference", "lorasp:reference+fa"]
-    (result,) = bench.run([SHAPE], providers(*names), dtype=dtype, dropout_p=dropout_p, rounds=2)
+    shape = dataclasses.replace(SHAPE, bias=True)
+    (result,) = bench.run([shape], providers(*names), dtype=dtype, dropout_p=dropout_p, rounds=2)
     assert result.unavailable == {}
     assert [(m.provider.name, m.mode) for m in result.measurements] == [(n, mode) for mode in MODES for n in names]
     for m in result.measurements:
@@ -229,6 +230,34 @@ def test_an_unavailable_provider_asked_for_by_name_is_an_error(tmp_path, capsys,
     arguments = ["--mknr", "8,16,16,2", "--rounds", "1", "--providers", "lorasp:triton", "--dtype", "fp32"]
     assert cli.main(["bench", *arguments, "--out", str(tmp_path)]) == 2
     assert "not measured: lorasp:triton: triton takes cpu tensors only" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--providers", "lorasp", "peft", "linear"], ["lorasp", "peft", "linear"]),
+        (["--providers", "lorasp", "peft", "linear", "--freeze-A"], ["lorasp+fa", "peft+fa", "linear"]),
+        (["--providers", "lorasp+fa", "peft", "--prepack"], ["lorasp+fa+prepack", "peft"]),
+        (["--providers", "lorasp+fa", "lorasp", "--freeze-A"], ["lorasp+fa"]),
+        (["--freeze-A", "--prepack"], [
+            "linear", "linear-train", "peft+fa", "peft-half+fa", "peft-half-compile+fa", "lorasp+fa",
+            "lorasp+fa+prepack", "lorasp:reference+fa",
+        ]),
+    ],
+)  # fmt: skip
+def test_freeze_A_and_prepack_apply_to_every_adapter(arguments, expected):
+    options = cli.parser().parse_args(["bench", *arguments])
+    assert [provider.name for provider in bench_command.choose_providers(options, CPU)] == expected
+
+
+def test_a_wrong_provider_stops_the_benchmark(tmp_path, capsys, monkeypatch):
+    right = lora_linear.forward_ops["reference"]
+    monkeypatch.setitem(lora_linear.forward_ops, "cpp", lambda *a: [2 * t for t in right(*a[:-2], "auto", None)])
+    monkeypatch.setattr(registry, "_cpp_missing", None)
+    arguments = ["--mknr", "8,16,16,2", "--rounds", "1", "--providers", "lorasp:cpp", "--dtype", "fp32"]
+    assert cli.main(["bench", *arguments, "--out", str(tmp_path)]) == 1
+    assert "wrong result, nothing is timed: lorasp:cpp y at 8×16×16 r2: error" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_named_sets_take_the_models_sizes():
