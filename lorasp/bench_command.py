@@ -14,18 +14,23 @@ from lorasp.console import UsageError
 _CPU_TOKENS = 512
 
 
+def set_names(options: argparse.Namespace, device: torch.device) -> list[str]:
+    """The named sets asked for; without any, and without shapes of the user's own, what suits the device."""
+    if options.shapes or options.mknr:
+        return list(options.shapes or ())
+    return ["llama3-8b" if device.type == "cuda" else "square"]
+
+
 def choose_shapes(options: argparse.Namespace, device: torch.device) -> list[Shape]:
-    own = [Shape(*sizes) for sizes in options.mknr or ()]
-    names = options.shapes or ([] if own else ["llama3-8b" if device.type == "cuda" else "square"])
     shapes = []
-    for name in names:
+    for name in set_names(options, device):
         if name not in bench.SHAPES:
             raise UsageError(f"--shapes must be among {', '.join(bench.SHAPES)}, got {name!r}")
         tokens = options.tokens
         if tokens is None and device.type == "cpu" and any(shape.name for shape in bench.SHAPES[name]):
             tokens = _CPU_TOKENS
         shapes += bench.SHAPES[name] if tokens is None else bench.with_tokens(bench.SHAPES[name], tokens)
-    return shapes + own
+    return shapes + [Shape(*sizes) for sizes in options.mknr or ()]
 
 
 def choose_providers(options: argparse.Namespace, device: torch.device) -> list[Provider]:
@@ -74,8 +79,9 @@ def run(options: argparse.Namespace) -> int:
     except AssertionError as error:
         print(f"lorasp bench: wrong result, nothing is timed: {error}", file=sys.stderr)
         return 1
+    sets = [*set_names(options, device), *["own"] * bool(options.mknr)]
     environment = {"device": machine, **versions, "rules": rules}
-    path = options.out / f"{bench_report.stem(machine, dtype, options.dropout)}.csv"
+    path = options.out / f"{bench_report.stem(sets, machine, dtype, options.dropout)}.csv"
     bench_report.write_csv(path, results, environment)
     print(f"wrote {path}")
     _plot(path, results, machine, dtype, options.dropout, versions)

@@ -10,6 +10,8 @@ from lorasp import bench, console
 from lorasp.bench import Measurement, Provider, Shape, ShapeResult
 
 _MIB = 2**20
+# The base against itself: quartiles on a quiet machine lie about 0.04 apart.
+_NOISY = 0.15
 _SHORT = {"forward+backward": "fwd+bwd", "forward": "fwd"}
 
 
@@ -25,20 +27,28 @@ def print_result(result: ShapeResult) -> None:
     with_peak = any(m.peak_bytes is not None for m in result.measurements)
     columns = ["provider"]
     for mode in by_mode:
-        columns += [f"{_SHORT[mode]} ms", "ratio (quartiles)"]
+        columns += [f"{_SHORT[mode]} ms", "ratio (q1–q3)"]
     columns += ["floor", "saved MiB"] + ["peak MiB"] * with_peak
     rows = []
     for provider, one in next(iter(by_mode.values())).items():
         row = [provider.name]
         for measurements in by_mode.values():
             m = measurements[provider]
-            row += [_ms(m.ms), f"{m.ratio:.2f} ({m.ratio_q1:.2f}–{m.ratio_q3:.2f})"]
+            row += [_ms(m.ms), _spread(m)]
         row += [f"{bench.floor(result.shape, provider):.3f}", _mib(one.saved_bytes)]
         rows.append(row + [_mib(one.peak_bytes)] * with_peak)
     any_one = result.measurements[0]
     console.print_table(title(result.shape, any_one.dtype, any_one.dropout_p), columns, rows)
+    noise = max(m.ratio_q3 - m.ratio_q1 for m in result.measurements if m.provider.kind == bench.BASE)
+    if noise > _NOISY:
+        print(f"  noisy: half of the frozen nn.Linear's own ratios lie {noise:.2f} or more apart; is the machine busy?")
     for provider, reason in result.unavailable.items():
         print(f"  not measured: {provider.name}: {reason}")
+
+
+def _spread(m: Measurement) -> str:
+    digits = 2 if m.ratio_q3 < 10 else 1
+    return f"{m.ratio:.{digits}f} ({m.ratio_q1:.{digits}f}–{m.ratio_q3:.{digits}f})"
 
 
 def _ms(value: float) -> str:
@@ -68,11 +78,11 @@ def _row(m: Measurement, environment: dict[str, str]) -> dict[str, object]:
     return {**head, "floor_flops": f"{bench.floor(m.shape, m.provider, m.mode):.4f}", **environment}
 
 
-def stem(device: str, dtype: str, dropout_p: float) -> str:
-    """File name without suffix: device, dtype, dropout and today's date."""
+def stem(sets: Sequence[str], device: str, dtype: str, dropout_p: float) -> str:
+    """File name without suffix: shape sets, device, dtype, dropout and today's date."""
     words = "".join(c if c.isalnum() else " " for c in device.replace("(R)", "").replace("(TM)", "")).split()
     drop = f"-dropout{dropout_p:g}" if dropout_p else ""
-    return f"lora_linear-{'-'.join(words)}-{dtype}{drop}-{datetime.date.today():%Y%m%d}".lower()
+    return f"lora_linear-{'-'.join([*sets, *words])}-{dtype}{drop}-{datetime.date.today():%Y%m%d}".lower()
 
 
 _COLOURS = {

@@ -10,6 +10,11 @@ from lorasp import console, info
 from lorasp.demo import ALPHA, RANK, Corpus, Method
 
 _MIB = 2**20
+_LEGEND = (
+    "loss: nats per byte on held-out text; the LoRA methods share one learning rate and start from one A and B. "
+    "ms per step: median of forward, backward and optimizer, the methods taking turns. "
+    "saved for backward: what autograd keeps from forward to backward, weights aside."
+)
 _COLOURS = ("#5f6368", "#e07b39", "#1f77b4", "#2ca02c")
 
 
@@ -56,9 +61,7 @@ def print_end(methods: list[Method], path: Path, seconds: float) -> None:
         for method in methods
     ]  # fmt: skip
     console.print_table("Learning Python source", columns, rows)
-    print("loss: nats per byte on held-out text; the LoRA methods share one learning rate and start from one A and B.")
-    print("ms per step: median of forward, backward and optimizer, the methods taking turns. saved for backward: what")
-    print("autograd keeps from forward to backward, weights aside.")
+    print(textwrap.fill(_LEGEND, console.WIDTH))
     print()
     print(textwrap.fill(headline(methods), console.WIDTH))
     print(f"\nwrote {path} ({seconds:.0f} s in all)")

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import lorasp
-from lorasp import console
+from lorasp import console, testing
 from lorasp.ops import registry
 
 _FEATURES = (
@@ -156,6 +156,20 @@ def _backend_lines() -> list[str]:
 
 
 def _plan_lines() -> list[str]:
+    return [*_cpp_plan_lines(), *_triton_plan_lines()]
+
+
+def _cpp_plan_lines() -> list[str]:
+    if registry.available_backends()["cpp"] is not None:
+        return []
+    rows = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        plans = (p for p in testing.backend_plans("cpp") if testing.plan_obstacle("cpp", p, dtype) is None)
+        rows[str(dtype).removeprefix("torch.")] = f"{', '.join(plans)}; auto chooses by shape"
+    return _lines("plans of the cpp backend", rows)
+
+
+def _triton_plan_lines() -> list[str]:
     title = "plans of the triton backend"
     table = plan_table()
     if not table:

@@ -266,9 +266,9 @@ def test_named_sets_take_the_models_sizes():
     assert {shape.M for shape in bench.with_tokens(bench.SHAPES["llama3-8b"], 7)} == {7}
 
 
-def test_a_file_name_says_device_dtype_and_dropout():
-    stem = bench_report.stem("Intel(R) Xeon(R) @ 2.30GHz (2 threads)", "bfloat16", 0.1)
-    assert stem.startswith("lora_linear-intel-xeon-2-30ghz-2-threads-bfloat16-dropout0.1-")
+def test_a_file_name_says_sets_device_dtype_and_dropout():
+    stem = bench_report.stem(["square", "own"], "Intel(R) Xeon(R) @ 2.30GHz (2 threads)", "bfloat16", 0.1)
+    assert stem.startswith("lora_linear-square-own-intel-xeon-2-30ghz-2-threads-bfloat16-dropout0.1-")
 
 
 def test_the_plot_takes_results_with_missing_providers(tmp_path):

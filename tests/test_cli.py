@@ -146,7 +146,7 @@ def test_demo_prints_a_table_and_draws_a_picture(tmp_path, capsys):
     for name in ("full fine-tuning", "PEFT LoRA", "lorasp LoRA", "lorasp LoRA-FA", "In this run", "lorasp-demo.png"):
         assert name in shown
     assert (tmp_path / "lorasp-demo.png").read_bytes().startswith(b"\x89PNG")
-    assert max(len(line.rstrip()) for line in shown.split("wrote")[0].splitlines()) <= 110
+    assert max(len(line.rstrip()) for line in shown.split("wrote")[0].splitlines()) <= 100
 
 
 def test_demo_measures_the_same_model_four_ways():
