@@ -29,7 +29,7 @@ _CONFIG_DIR = Path(__file__).parent / "configs"
 
 @dataclass(frozen=True)
 class Target:
-    """The hardware a kernel is chosen for. arch: 10·major + minor, 0 the interpreter; shared_memory: bytes per block."""
+    """The hardware of a launch. arch: 10·major + minor, 0 for the interpreter; shared_memory: bytes per block."""
 
     name: str
     arch: int
