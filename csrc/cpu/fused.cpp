@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "isa.h"
@@ -19,34 +20,33 @@ struct alignas(64) PackedHeader {
   int64_t columns = 0, depth = 0;
 };
 
-// The weight as gemm.h reads it: (columns, depth) of one direction, whichever of its strides is 1.
+// The weight (N, K) as one direction reads it, whichever of its strides is 1.
 struct Source {
   Tensor held;
-  int64_t columns, depth, ld;
-  bool depth_contiguous;
+  Operand operand;
 
   Source(const Tensor& weight, bool backward) {
-    const bool rows_contiguous = weight.stride(1) == 1 || weight.size(1) == 1;
-    const bool columns_contiguous = weight.stride(0) == 1 || weight.size(0) == 1;
-    held = rows_contiguous || columns_contiguous ? weight : weight.contiguous();
-    const bool by_row = rows_contiguous || !columns_contiguous;
-    columns = weight.size(backward ? 1 : 0);
-    depth = weight.size(backward ? 0 : 1);
-    ld = std::max<int64_t>(held.stride(by_row ? 0 : 1), 1);
-    depth_contiguous = by_row != backward;
+    const bool by_row = weight.stride(1) == 1 || weight.size(1) == 1;
+    const bool by_column = weight.stride(0) == 1 || weight.size(0) == 1;
+    held = by_row || by_column ? weight : weight.contiguous();
+    const int64_t N = weight.size(0), K = weight.size(1);
+    const bool rows = by_row || !by_column;
+    // A dimension of size 1 has an arbitrary stride, which nothing steps over.
+    const int64_t ld = std::max<int64_t>(held.stride(rows ? 0 : 1), 1);
+    operand = {held.const_data_ptr(), ld, rows != backward, backward ? K : N, backward ? N : K};
   }
 };
 
-const void* panels_of(const GemmKernel& kernel, const OptionalTensor& packed, const Source& source) {
+const void* panels_of(const GemmKernel& kernel, const OptionalTensor& packed, const Operand& w) {
   if (!packed) return nullptr;
   PackedHeader header;
-  const int64_t bytes = packed_weight_bytes(kernel, source.columns, source.depth);
+  const int64_t bytes = packed_weight_bytes(kernel, w.columns, w.depth);
   TORCH_CHECK_VALUE(packed->scalar_type() == at::kByte && packed->is_contiguous() && packed->device().is_cpu() &&
                         packed->numel() == static_cast<int64_t>(sizeof(header)) + bytes,
                     "lora_linear: packed must be the result of pack_weight for this weight, got ", packed->sizes());
   std::memcpy(&header, packed->const_data_ptr(), sizeof(header));
   TORCH_CHECK_VALUE(header.magic == PackedHeader{}.magic && header.kernel == kernel.id &&
-                        header.columns == source.columns && header.depth == source.depth,
+                        header.columns == w.columns && header.depth == w.depth,
                     "lora_linear: packed must be packed for this weight, dtype and CPU; pack_weight it again");
   return static_cast<const char*>(packed->const_data_ptr()) + sizeof(header);
 }
@@ -63,37 +63,33 @@ Tensor pack_weight_cpu(const Tensor& weight, bool backward) {
   TORCH_CHECK_VALUE(weight.dim() == 2 && weight.numel() > 0, "pack_weight: weight must be (N, K), got ", weight.sizes());
   const Source source(weight, backward);
   PackedHeader header;
-  header.kernel = kernel->id, header.columns = source.columns, header.depth = source.depth;
-  const int64_t bytes = packed_weight_bytes(*kernel, source.columns, source.depth);
+  header.kernel = kernel->id, header.columns = source.operand.columns, header.depth = source.operand.depth;
+  const int64_t bytes = packed_weight_bytes(*kernel, header.columns, header.depth);
   Tensor packed = at::empty({static_cast<int64_t>(sizeof(header)) + bytes}, weight.options().dtype(at::kByte));
   auto* out = static_cast<char*>(packed.mutable_data_ptr());
   std::memcpy(out, &header, sizeof(header));
-  pack_gemm_weight(*kernel, source.held.const_data_ptr(), source.ld, source.depth_contiguous, source.columns,
-                   source.depth, out + sizeof(header));
+  pack_gemm_weight(*kernel, source.operand, out + sizeof(header));
   return packed;
 }
 
 struct MaskRows final : KeepRows {
   const KeepMask& mask;
   int64_t columns;
-  void (*keep_bits)(const KeepMask&, int64_t, int64_t, uint32_t*);
+  decltype(Kernels::keep_bits) keep_bits;
 
-  MaskRows(const KeepMask& mask, int64_t columns, void (*keep_bits)(const KeepMask&, int64_t, int64_t, uint32_t*))
+  MaskRows(const KeepMask& mask, int64_t columns, decltype(Kernels::keep_bits) keep_bits)
       : mask(mask), columns(columns), keep_bits(keep_bits) {}
   void fill(int64_t row, unsigned char* bits) const override {
     keep_bits(mask, row * columns, columns, reinterpret_cast<uint32_t*>(bits));
   }
 };
 
-Tensor product(const GemmKernel& kernel, const Tensor& a, const Source& source, const OptionalTensor& packed,
-               GemmParams params) {
-  params.M = a.size(0), params.N = source.columns, params.D = source.depth;
-  params.a = a.const_data_ptr(), params.lda = params.M > 1 ? a.stride(0) : params.D;
-  params.packed = panels_of(kernel, packed, source);
-  params.w = source.held.const_data_ptr(), params.ldw = source.ld, params.depth_contiguous = source.depth_contiguous;
-  Tensor y = at::empty({params.M, params.N}, a.options());
-  params.y = y.mutable_data_ptr(), params.ldy = params.N;
-  gemm(kernel, params);
+Tensor product(const Fused& f, const Tensor& a, const Source& source, GemmParams params) {
+  params.M = a.size(0), params.a = a.const_data_ptr(), params.lda = params.M > 1 ? a.stride(0) : a.size(1);
+  params.w = source.operand, params.packed = panels_of(*f.kernel, f.packed, source.operand), params.scale = f.scale;
+  Tensor y = at::empty({params.M, source.operand.columns}, a.options());
+  params.y = y.mutable_data_ptr(), params.ldy = source.operand.columns;
+  gemm(*f.kernel, params);
   return y;
 }
 
@@ -117,25 +113,28 @@ bool fused_wins(DType dtype, int64_t M, bool packed) {
   return packed && M <= 256;
 }
 
-Tensor fused_forward(const GemmKernel& kernel, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                     const void* xa, const void* B, int64_t R, const OptionalTensor& packed) {
+Tensor fused_forward(const Fused& f, const Tensor& x, const Tensor& weight, const OptionalTensor& bias, void* xa) {
+  const int64_t N = weight.size(0), K = weight.size(1);
   const Tensor bias32 = bias ? bias->to(at::kFloat).contiguous() : Tensor();
   GemmParams params{};
-  params.s = xa, params.p = B, params.ldp = R, params.p_depth_contiguous = true, params.R = R;
+  params.q = {f.A, K, true, f.R, K};
+  params.p = {f.B, f.R, true, N, f.R};
   params.bias = bias ? bias32.const_data_ptr<float>() : nullptr;
-  return product(kernel, x, Source(weight, false), packed, params);
+  params.s = xa;
+  std::optional<MaskRows> keep;
+  if (f.keep) keep.emplace(*f.keep, K, kernels(dtype_of(x)).keep_bits), params.keep_a = &*keep;
+  return product(f, x, Source(weight, false), params);
 }
 
-Tensor fused_backward(const GemmKernel& kernel, const Tensor& dy, const Tensor& weight, const void* g, const void* A,
-                      int64_t R, const KeepMask* keep,
-                      void (*keep_bits)(const KeepMask&, int64_t, int64_t, uint32_t*), const OptionalTensor& packed) {
-  const Source source(weight, true);
+Tensor fused_backward(const Fused& f, const Tensor& dy, const Tensor& weight, void* g) {
+  const int64_t N = weight.size(0), K = weight.size(1);
   GemmParams params{};
-  params.s = g, params.p = A, params.ldp = source.columns, params.p_depth_contiguous = false, params.R = R;
-  if (keep == nullptr) return product(kernel, dy, source, packed, params);
-  const MaskRows rows(*keep, source.columns, keep_bits);
-  params.keep = &rows;
-  return product(kernel, dy, source, packed, params);
+  params.q = {f.B, f.R, false, f.R, N};
+  params.p = {f.A, K, false, K, f.R};
+  params.s = g;
+  std::optional<MaskRows> keep;
+  if (f.keep) keep.emplace(*f.keep, K, kernels(dtype_of(dy)).keep_bits), params.keep_y = &*keep;
+  return product(f, dy, Source(weight, true), params);
 }
 
 TORCH_LIBRARY_IMPL(lorasp, CPU, m) { m.impl("pack_weight_cpp", &pack_weight_cpu); }

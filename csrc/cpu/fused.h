@@ -10,20 +10,29 @@
 
 namespace lorasp {
 
+// What both directions take: the register tile, the packed weight of the direction, the factors in the compute dtype,
+// contiguous, the scale of the projected rows (dropout's rescale included), the mask of x and dx or nullptr.
+struct Fused {
+  const GemmKernel* kernel;
+  const std::optional<at::Tensor>& packed;
+  const void* A;  // (R, K)
+  const void* B;  // (N, R)
+  int64_t R;
+  float scale;
+  const KeepMask* keep;
+};
+
 // The register tile for `dtype` in the active instruction set; nullptr where there is none.
 const GemmKernel* fused_kernel(DType dtype);
 
 // Whether plan `auto` takes this plan: where it was measured to be the faster one.
 bool fused_wins(DType dtype, int64_t M, bool packed);
 
-// x (M, K) weight (N, K)^T + bias + xa (M, R) B (N, R)^T
-at::Tensor fused_forward(const GemmKernel& kernel, const at::Tensor& x, const at::Tensor& weight,
-                         const std::optional<at::Tensor>& bias, const void* xa, const void* B, int64_t R,
-                         const std::optional<at::Tensor>& packed);
+// y = x weight^T + bias + xa B^T with xa (M, R) = round(scale * (keep o x) A^T), which is written too.
+at::Tensor fused_forward(const Fused& f, const at::Tensor& x, const at::Tensor& weight,
+                         const std::optional<at::Tensor>& bias, void* xa);
 
-// dy (M, N) weight (N, K) + keep o (g (M, R) A (R, K)); keep may be nullptr
-at::Tensor fused_backward(const GemmKernel& kernel, const at::Tensor& dy, const at::Tensor& weight, const void* g,
-                          const void* A, int64_t R, const KeepMask* keep, void (*keep_bits)(const KeepMask&, int64_t, int64_t, uint32_t*),
-                          const std::optional<at::Tensor>& packed);
+// dx = dy weight + keep o (g A) with g (M, R) = round(scale * dy B), which is written too.
+at::Tensor fused_backward(const Fused& f, const at::Tensor& dy, const at::Tensor& weight, void* g);
 
 }  // namespace lorasp

@@ -36,47 +36,68 @@ void enter() {
 
 void leave() { _tile_release(); }
 
-void pack_rows(const void* a, int64_t lda, int64_t rows, int64_t depth, void* packed) {
+void pack_rows(const void* a, int64_t lda, int64_t rows, int64_t depth, const unsigned char* bits,
+               int64_t stride_bytes, void* packed) {
   const bf16* source = static_cast<const bf16*>(a);
   bf16* out = static_cast<bf16*>(packed);
   for (int64_t r = 0; r < kMR; ++r) {
     const bf16* row = source + r * lda;
     for (int64_t d = 0; d < depth; d += kKR) {
-      const __mmask32 mask = r < rows ? tail_mask(depth - d) : 0;
+      __mmask32 mask = r < rows ? tail_mask(depth - d) : 0;
+      if (bits && mask) {
+        uint32_t keep;
+        __builtin_memcpy(&keep, bits + r * stride_bytes + d / 8, sizeof(keep));
+        mask &= keep;
+      }
       _mm512_store_si512(out + d * kMR + r * kKR, _mm512_maskz_loadu_epi16(mask, row + d));
     }
   }
 }
 
-void pack_panel(const void* w, int64_t ldw, bool depth_contiguous, int64_t columns, int64_t depth, void* packed) {
-  const bf16* source = static_cast<const bf16*>(w);
-  bf16* out = static_cast<bf16*>(packed);
-  if (depth_contiguous) {
-    for (int64_t d = 0; d < depth; d += kKR, out += 2 * kTile) {
-      const __mmask32 mask = tail_mask(depth - d);
-      for (int half = 0; half < 2; ++half) {
-        __m512i r[16];
-        for (int i = 0; i < 16; ++i) {
-          const int64_t n = half * 16 + i;
-          r[i] = _mm512_maskz_loadu_epi16(n < columns ? mask : 0, source + n * ldw + d);
-        }
-        transpose16(r);
-        for (int i = 0; i < 16; ++i) _mm512_store_si512(out + half * kTile + i * 32, r[i]);
+void pack_depth_contiguous(const bf16* source, int64_t ld, int64_t columns, int64_t depth, bf16* out) {
+  for (int64_t d = 0; d < depth; d += kKR, out += 2 * kTile) {
+    const __mmask32 mask = tail_mask(depth - d);
+    for (int half = 0; half < 2; ++half) {
+      __m512i r[16];
+      for (int i = 0; i < 16; ++i) {
+        const int64_t n = half * 16 + i;
+        r[i] = _mm512_maskz_loadu_epi16(n < columns ? mask : 0, source + n * ld + d);
       }
+      transpose16(r);
+      for (int i = 0; i < 16; ++i) _mm512_store_si512(out + half * kTile + i * 32, r[i]);
     }
+  }
+}
+
+void pack_panels(const Operand& w, int64_t panel_bytes, void* packed) {
+  const bf16* source = static_cast<const bf16*>(w.data);
+  const int64_t panel = panel_bytes / sizeof(bf16);
+  bf16* out = static_cast<bf16*>(packed);
+  if (w.depth_contiguous) {
+    for (int64_t n = 0; n < w.columns; n += kNR, out += panel)
+      pack_depth_contiguous(source + n * w.ld, w.ld, w.columns - n, w.depth, out);
     return;
   }
   const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
                                        5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
   const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-  const __mmask32 mask = tail_mask(columns);
-  const int64_t padded = (depth + kKR - 1) / kKR * kKR;
+  const int64_t padded = (w.depth + kKR - 1) / kKR * kKR;
+  constexpr int64_t kAhead = 16;  // rows; the stride defeats the hardware's prefetcher
   for (int64_t d = 0; d < padded; d += 2) {
-    const __m512i even = _mm512_maskz_loadu_epi16(d < depth ? mask : 0, source + d * ldw);
-    const __m512i odd = _mm512_maskz_loadu_epi16(d + 1 < depth ? mask : 0, source + (d + 1) * ldw);
-    bf16* row = out + d / kKR * (2 * kTile) + d % kKR / 2 * 32;
-    _mm512_store_si512(row, _mm512_permutex2var_epi16(even, low, odd));
-    _mm512_store_si512(row + kTile, _mm512_permutex2var_epi16(even, high, odd));
+    const bf16* even_row = source + d * w.ld;
+    const bf16* odd_row = even_row + w.ld;
+    bf16* tile = out + d / kKR * (2 * kTile) + d % kKR / 2 * 32;
+    for (int64_t n = 0; n < w.columns; n += kNR, tile += panel) {
+      const __mmask32 mask = tail_mask(w.columns - n);
+      if (d + kAhead + 1 < w.depth) {
+        _mm_prefetch(reinterpret_cast<const char*>(even_row + kAhead * w.ld + n), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(odd_row + kAhead * w.ld + n), _MM_HINT_T0);
+      }
+      const __m512i even = _mm512_maskz_loadu_epi16(d < w.depth ? mask : 0, even_row + n);
+      const __m512i odd = _mm512_maskz_loadu_epi16(d + 1 < w.depth ? mask : 0, odd_row + n);
+      _mm512_store_si512(tile, _mm512_permutex2var_epi16(even, low, odd));
+      _mm512_store_si512(tile + kTile, _mm512_permutex2var_epi16(even, high, odd));
+    }
   }
 }
 
@@ -116,27 +137,32 @@ void block(const void* a, const void* b, int64_t steps, const void* extra_a, con
   _tile_stored(3, c + 16 * kNR + 16, kRow);
 }
 
-void select(const unsigned char* bits, int64_t stride_bytes, float* c) {
-  for (int64_t r = 0; r < kMR; ++r, c += kNR) {
+void add_selected(const float* term, const unsigned char* bits, int64_t stride_bytes, float* c) {
+  for (int64_t r = 0; r < kMR; ++r, c += kNR, term += kNR) {
     uint32_t keep;
     __builtin_memcpy(&keep, bits + r * stride_bytes, sizeof(keep));
-    _mm512_store_ps(c, _mm512_maskz_loadu_ps(static_cast<__mmask16>(keep), c));
-    _mm512_store_ps(c + 16, _mm512_maskz_loadu_ps(static_cast<__mmask16>(keep >> 16), c + 16));
+    for (int half = 0; half < 2; ++half) {
+      const __mmask16 mask = static_cast<__mmask16>(keep >> (16 * half));
+      const __m512 old = _mm512_load_ps(c + 16 * half);
+      _mm512_store_ps(c + 16 * half, _mm512_mask_add_ps(old, mask, old, _mm512_load_ps(term + 16 * half)));
+    }
   }
 }
 
-void store(const float* c, int64_t rows, int64_t columns, const float* bias, void* y, int64_t ldy) {
+void store(const float* c, int64_t rows, int64_t columns, float scale, const float* bias, void* y, int64_t ldy) {
   bf16* out = static_cast<bf16*>(y);
   const __mmask32 mask = tail_mask(columns);
+  const __m512 factor = _mm512_set1_ps(scale);
   const __m512 bias0 = bias ? _mm512_loadu_ps(bias) : _mm512_setzero_ps();
   const __m512 bias1 = bias ? _mm512_loadu_ps(bias + 16) : _mm512_setzero_ps();
   for (int64_t r = 0; r < rows; ++r, c += kNR, out += ldy) {
-    const __m512 low = _mm512_add_ps(_mm512_load_ps(c), bias0), high = _mm512_add_ps(_mm512_load_ps(c + 16), bias1);
+    const __m512 low = _mm512_fmadd_ps(_mm512_load_ps(c), factor, bias0);
+    const __m512 high = _mm512_fmadd_ps(_mm512_load_ps(c + 16), factor, bias1);
     _mm512_mask_storeu_epi16(out, mask, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
   }
 }
 
-constexpr GemmKernel kKernel{1, kMR, kNR, kKR, sizeof(bf16), 4, 8, pack_rows, pack_panel, block, select, store, enter, leave};
+constexpr GemmKernel kKernel{1, kMR, kNR, kKR, sizeof(bf16), 4, 8, pack_rows, pack_panels, block, add_selected, store, enter, leave};
 
 }  // namespace
 

@@ -26,8 +26,9 @@ struct F32 {
   using Element = float;
   static constexpr int64_t kDepth = 1;
 
-  static __m512i load_lanes(const float* row, int64_t depth) {
-    return _mm512_castps_si512(_mm512_maskz_loadu_ps(tail16(depth), row));
+  // 16 lanes of one row; keep: a bit for each of its elements.
+  static __m512i load_lanes(const float* row, int64_t depth, uint32_t keep) {
+    return _mm512_castps_si512(_mm512_maskz_loadu_ps(tail16(depth) & static_cast<__mmask16>(keep), row));
   }
   // Lanes of 48 columns at one depth step from rows of w.
   static void load_columns(const float* w, int64_t ldw, int64_t columns, int64_t depth, __m512i lanes[kVectors]) {
@@ -46,7 +47,9 @@ struct Bf16 {
   using Element = uint16_t;
   static constexpr int64_t kDepth = 2;
 
-  static __m512i load_lanes(const uint16_t* row, int64_t depth) { return _mm512_maskz_loadu_epi16(tail32(depth), row); }
+  static __m512i load_lanes(const uint16_t* row, int64_t depth, uint32_t keep) {
+    return _mm512_maskz_loadu_epi16(tail32(depth) & keep, row);
+  }
   static void load_columns(const uint16_t* w, int64_t ldw, int64_t columns, int64_t depth, __m512i lanes[kVectors]) {
     const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
                                          37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
@@ -71,14 +74,19 @@ struct Bf16 {
 };
 
 template <class T>
-void pack_rows(const void* a, int64_t lda, int64_t rows, int64_t depth, void* packed) {
+void pack_rows(const void* a, int64_t lda, int64_t rows, int64_t depth, const unsigned char* bits,
+               int64_t stride_bytes, void* packed) {
   const auto* source = static_cast<const typename T::Element*>(a);
   auto* out = static_cast<int32_t*>(packed);
   const int64_t lanes = (depth + T::kDepth - 1) / T::kDepth;
   for (int64_t lane = 0; lane < lanes; lane += 16) {
+    const int64_t d = lane * T::kDepth;
     __m512i r[16] = {};
-    for (int64_t i = 0; i < rows; ++i)
-      r[i] = T::load_lanes(source + i * lda + lane * T::kDepth, depth - lane * T::kDepth);
+    for (int64_t i = 0; i < rows; ++i) {
+      uint32_t keep = ~0u;
+      if (bits) __builtin_memcpy(&keep, bits + i * stride_bytes + d / 8, sizeof(keep));
+      r[i] = T::load_lanes(source + i * lda + d, depth - d, keep);
+    }
     transpose16(r);
     for (int64_t i = 0; i < 16 && lane + i < lanes; ++i)
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + (lane + i) * kMR), _mm512_castsi512_si256(r[i]));
@@ -86,14 +94,13 @@ void pack_rows(const void* a, int64_t lda, int64_t rows, int64_t depth, void* pa
 }
 
 template <class T>
-void pack_panel(const void* w, int64_t ldw, bool depth_contiguous, int64_t columns, int64_t depth, void* packed) {
-  const auto* source = static_cast<const typename T::Element*>(w);
-  auto* out = static_cast<int32_t*>(packed);
-  const int64_t lanes = (depth + T::kDepth - 1) / T::kDepth;
-  if (!depth_contiguous) {
+void pack_panel(const Operand& w, int64_t n, int32_t* out) {
+  const auto* source = static_cast<const typename T::Element*>(w.data) + n * (w.depth_contiguous ? w.ld : 1);
+  const int64_t lanes = (w.depth + T::kDepth - 1) / T::kDepth, columns = w.columns - n;
+  if (!w.depth_contiguous) {
     for (int64_t lane = 0; lane < lanes; ++lane) {
       __m512i v[kVectors];
-      T::load_columns(source + lane * T::kDepth * ldw, ldw, columns, depth - lane * T::kDepth, v);
+      T::load_columns(source + lane * T::kDepth * w.ld, w.ld, columns, w.depth - lane * T::kDepth, v);
       for (int j = 0; j < kVectors; ++j) _mm512_store_si512(out + lane * kNR + j * 16, v[j]);
     }
     return;
@@ -102,11 +109,17 @@ void pack_panel(const void* w, int64_t ldw, bool depth_contiguous, int64_t colum
     for (int j = 0; j < kVectors; ++j) {
       __m512i r[16] = {};
       for (int64_t i = 0; i < 16 && j * 16 + i < columns; ++i)
-        r[i] = T::load_lanes(source + (j * 16 + i) * ldw + lane * T::kDepth, depth - lane * T::kDepth);
+        r[i] = T::load_lanes(source + (j * 16 + i) * w.ld + lane * T::kDepth, w.depth - lane * T::kDepth, ~0u);
       transpose16(r);
       for (int64_t i = 0; i < 16 && lane + i < lanes; ++i) _mm512_store_si512(out + (lane + i) * kNR + j * 16, r[i]);
     }
   }
+}
+
+template <class T>
+void pack_panels(const Operand& w, int64_t panel_bytes, void* packed) {
+  auto* out = static_cast<unsigned char*>(packed);
+  for (int64_t n = 0; n < w.columns; n += kNR, out += panel_bytes) pack_panel<T>(w, n, reinterpret_cast<int32_t*>(out));
 }
 
 template <class T>
@@ -147,24 +160,27 @@ void block(const void* a, const void* b, int64_t steps, const void* extra_a, con
     }
 }
 
-void select(const unsigned char* bits, int64_t stride_bytes, float* c) {
-  for (int64_t r = 0; r < kMR; ++r, c += kNR) {
+void add_selected(const float* term, const unsigned char* bits, int64_t stride_bytes, float* c) {
+  for (int64_t r = 0; r < kMR; ++r, c += kNR, term += kNR) {
     uint64_t keep;
     __builtin_memcpy(&keep, bits + r * stride_bytes, sizeof(keep));
-    for (int j = 0; j < kVectors; ++j)
-      _mm512_store_ps(c + j * 16, _mm512_maskz_loadu_ps(static_cast<__mmask16>(keep >> (16 * j)), c + j * 16));
+    for (int j = 0; j < kVectors; ++j) {
+      const __m512 old = _mm512_load_ps(c + j * 16);
+      _mm512_store_ps(c + j * 16, _mm512_mask_add_ps(old, static_cast<__mmask16>(keep >> (16 * j)), old,
+                                                     _mm512_load_ps(term + j * 16)));
+    }
   }
 }
 
 template <class T>
-void store(const float* c, int64_t rows, int64_t columns, const float* bias, void* y, int64_t ldy) {
+void store(const float* c, int64_t rows, int64_t columns, float scale, const float* bias, void* y, int64_t ldy) {
   auto* out = static_cast<typename T::Element*>(y);
+  const __m512 factor = _mm512_set1_ps(scale);
   for (int64_t r = 0; r < rows; ++r, c += kNR, out += ldy) {
     __m512 v[kVectors];
-    for (int j = 0; j < kVectors; ++j) {
-      v[j] = _mm512_load_ps(c + j * 16);
-      if (bias) v[j] = _mm512_add_ps(v[j], _mm512_loadu_ps(bias + j * 16));
-    }
+    for (int j = 0; j < kVectors; ++j)
+      v[j] = _mm512_fmadd_ps(_mm512_load_ps(c + j * 16), factor,
+                             bias ? _mm512_loadu_ps(bias + j * 16) : _mm512_setzero_ps());
     T::store(out, columns, v);
   }
 }
@@ -177,8 +193,8 @@ constexpr int64_t kPieceSteps = 256;
 
 template <class T>
 constexpr GemmKernel make(uint32_t id) {
-  return {id, kMR, kNR, T::kDepth, sizeof(typename T::Element), 1, kPieceSteps, pack_rows<T>, pack_panel<T>, block<T>,
-          select, store<T>, nothing, nothing};
+  return {id, kMR, kNR, T::kDepth, sizeof(typename T::Element), 1, kPieceSteps, pack_rows<T>, pack_panels<T>, block<T>,
+          add_selected, store<T>, nothing, nothing};
 }
 
 constexpr GemmKernel kF32 = make<F32>(2), kBf16 = make<Bf16>(3);

@@ -11,6 +11,7 @@
 #include <cmath>
 
 #include "frozen.h"
+#include "fused.h"
 #include "isa.h"
 #include "passes.h"
 #include "scratch.h"
@@ -48,9 +49,15 @@ void check(const char* name, const Tensor& t, at::IntArrayRef shape, at::ScalarT
                    " must be ", dtype, ", got ", t.scalar_type());
 }
 
-void check_plan(std::string_view plan) {
-  TORCH_CHECK_VALUE(plan == "auto" || plan == "addmm", "lora_linear: plan must be auto or addmm for backend cpp, got ",
-                    plan);
+// The tile of plan `fused` if that is the plan of this call, nullptr for plan `addmm`.
+const GemmKernel* plan_kernel(std::string_view plan, DType dtype, int64_t M, bool packed) {
+  TORCH_CHECK_VALUE(plan == "auto" || plan == "addmm" || plan == "fused",
+                    "lora_linear: plan must be auto, addmm or fused for backend cpp, got ", plan);
+  if (plan == "addmm" || (plan == "auto" && !fused_wins(dtype, M, packed))) return nullptr;
+  const GemmKernel* kernel = fused_kernel(dtype);
+  TORCH_CHECK_VALUE(kernel, "lora_linear: plan fused has no kernel for this dtype on this CPU (instruction set ",
+                    active_isa_name(), "); use auto or addmm");
+  return kernel;
 }
 
 Tensor unit_columns(const Tensor& t) { return t.size(1) == 1 || t.stride(1) == 1 ? t : t.contiguous(); }
@@ -90,9 +97,9 @@ struct Dropout {
 std::tuple<Tensor, Tensor> lora_linear_forward_cpu(const Tensor& x_, const Tensor& weight, const OptionalTensor& bias,
                                                    const Tensor& lora_A, const Tensor& lora_B,
                                                    const OptionalTensor& seed, double scale, double dropout_p,
-                                                   int64_t member, std::string_view plan, const OptionalTensor&) {
+                                                   int64_t member, std::string_view plan,
+                                                   const OptionalTensor& packed) {
   const PlainDispatch plain;
-  check_plan(plan);
   TORCH_CHECK_VALUE(x_.dim() == 2 && lora_A.dim() == 2 && lora_B.dim() == 2,
                     "lora_linear: x, lora_A and lora_B must be 2-d, got ", x_.sizes(), ", ", lora_A.sizes(), ", ",
                     lora_B.sizes());
@@ -106,12 +113,18 @@ std::tuple<Tensor, Tensor> lora_linear_forward_cpu(const Tensor& x_, const Tenso
   const Dropout dropout(dropout_p, seed, member);
 
   const Tensor x = unit_columns(x_);
-  Tensor y = frozen_forward(x, weight, bias);
+  const GemmKernel* fused = plan_kernel(plan, dtype, M, packed.has_value());
   Tensor xa = at::empty({M, R}, x.options());
-  if (M == 0) return {y, xa};
+  if (M == 0) return {at::empty({M, N}, x.options()), xa};
   const Rounded a(lora_A, x), b(lora_B, x);
   const LowRank p{dtype, M, K, N, R, a.data(), b.data(), dropout.keep()};
-  forward_pass(p, tall(x), tall(y), static_cast<float>(scale * dropout.rescale), xa.mutable_data_ptr());
+  const float xa_scale = static_cast<float>(scale * dropout.rescale);
+  if (fused) {
+    const Fused f{fused, packed, a.data(), b.data(), R, xa_scale, p.keep};
+    return {fused_forward(f, x, weight, bias, xa.mutable_data_ptr()), xa};
+  }
+  Tensor y = frozen_forward(x, weight, bias);
+  forward_pass(p, tall(x), tall(y), xa_scale, xa.mutable_data_ptr());
   return {y, xa};
 }
 
@@ -119,9 +132,8 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward_cpu(
     const Tensor& dy_, const OptionalTensor& x_, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
     const OptionalTensor& xa_, const OptionalTensor& seed, const OptionalTensor& mask_A, const OptionalTensor& mask_B,
     double scale, double dropout_p, int64_t member, bool need_dx, bool need_dA, bool need_dB, std::string_view plan,
-    const OptionalTensor&) {
+    const OptionalTensor& packed) {
   const PlainDispatch plain;
-  check_plan(plan);
   TORCH_CHECK_VALUE(dy_.dim() == 2 && lora_A.dim() == 2 && lora_B.dim() == 2,
                     "lora_linear: dy, lora_A and lora_B must be 2-d, got ", dy_.sizes(), ", ", lora_A.sizes(), ", ",
                     lora_B.sizes());
@@ -146,7 +158,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward_cpu(
   };
   const Tensor dy = unit_columns(dy_);
   Tensor dlora_A = gradient_like(lora_A, need_dA), dlora_B = gradient_like(lora_B, need_dB);
-  Tensor dx = need_dx ? frozen_backward(dy, weight) : at::empty({0}, dy.options());
+  Tensor dx = need_dx && M == 0 ? at::empty({M, K}, dy.options()) : at::empty({0}, dy.options());
   if (M == 0) return {dx, dlora_A, dlora_B};
 
   const Rounded a(lora_A, dy), b(lora_B, dy);
@@ -161,14 +173,20 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward_cpu(
   };
   ScratchFrame frame;
   void* g = need_g ? frame.take<char>(M * R * dy.element_size()) : nullptr;
-  if (need_g || need_dB) {
-    dy_pass(p, tall(dy), need_dB ? xa.const_data_ptr() : nullptr, static_cast<float>(scale * dropout.rescale), g,
-            gradient(dlora_B, need_dB, kept_B));
+  const float g_scale = static_cast<float>(scale * dropout.rescale);
+  const Tall x_rows = need_dA ? tall(x) : Tall{nullptr, 0};
+  const GemmKernel* fused = need_dx ? plan_kernel(plan, dtype, M, packed.has_value()) : nullptr;
+  if (fused) {
+    dx = fused_backward({fused, packed, a.data(), b.data(), R, g_scale, p.keep}, dy, weight, g);
+    if (need_dB) dy_pass(p, tall(dy), xa.const_data_ptr(), g_scale, nullptr, gradient(dlora_B, need_dB, kept_B));
+    if (need_dA) dx_pass(p, x_rows, g, {nullptr, 0}, gradient(dlora_A, need_dA, kept_A));
+    return {dx, dlora_A, dlora_B};
   }
-  if (need_g) {
-    dx_pass(p, need_dA ? tall(x) : Tall{nullptr, 0}, g, need_dx ? tall(dx) : Tall{nullptr, 0},
-            gradient(dlora_A, need_dA, kept_A));
-  }
+  if (need_dx) dx = frozen_backward(dy, weight);
+  if (need_g || need_dB)
+    dy_pass(p, tall(dy), need_dB ? xa.const_data_ptr() : nullptr, g_scale, g, gradient(dlora_B, need_dB, kept_B));
+  if (need_g)
+    dx_pass(p, x_rows, g, need_dx ? tall(dx) : Tall{nullptr, 0}, gradient(dlora_A, need_dA, kept_A));
   return {dx, dlora_A, dlora_B};
 }
 
