@@ -11,6 +11,7 @@ from lorasp.ops import registry
 from lorasp.ops.lora_linear import LoRALinearFunction
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_HALVES = (torch.bfloat16, torch.float16)
 
 
 class PackedWeight(NamedTuple):
@@ -32,24 +33,21 @@ def pack_weight(weight: Tensor) -> PackedWeight:
     return PackedWeight(pack(weight.detach(), False), pack(weight.detach(), True))
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """What torch.nn.functional.linear would compute in: autocast's dtype where it applies, else x's."""
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast would have torch.nn.functional.linear compute in; None where it leaves x alone."""
     device_type = x.device.type
     if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device_type):
-        return x.dtype
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
+        return None
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
 def _check_tensor(name: str, tensor: Tensor, shape: tuple, wanted: str, dtypes: tuple, device: torch.device) -> None:
-    """shape: sizes, None where any size >= 1 will do; wanted: the shape in words."""
+    """shape: sizes, -1 where any size >= 1 will do; wanted: the shape in words, a template for sizes()."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"lora_linear: {name} must be a Tensor, got {type(tensor).__name__}")
     sizes = tensor.shape
-    fits = len(sizes) == len(shape) and all(
-        have == want if want is not None else have >= 1 for have, want in zip(sizes, shape, strict=True)
-    )
-    if not fits:
-        raise ValueError(f"lora_linear: {name} must be {wanted}, got {tuple(sizes)}")
+    if len(sizes) != len(shape) or 0 in sizes or (sizes[0] != shape[0] >= 0) or sizes[-1] != shape[-1]:
+        raise ValueError(f"lora_linear: {name} must be {wanted.format(*shape)}, got {tuple(sizes)}")
     if tensor.dtype not in dtypes:
         raise TypeError(f"lora_linear: {name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
     if tensor.device != device:
@@ -112,44 +110,42 @@ def lora_linear(
         raise TypeError(f"lora_linear: x must be {', '.join(map(str, _DTYPES))}, got {x.dtype}")
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"lora_linear: x must be (..., K) with K >= 1, got {tuple(x.shape)}")
-    device, dtype = x.device, _compute_dtype(x)
-    k = x.shape[-1]
-    # Autocast takes any floating input but float64, as it does for F.linear.
-    inputs = (x.dtype,) if dtype == x.dtype == torch.float64 or not _autocast_applies(x) else _DTYPES[1:]
-    low_rank = inputs if torch.float32 in inputs or dtype == torch.float64 else (*inputs, torch.float32)
-    _check_tensor("weight", weight, (None, k), f"(N, {k})", inputs, device)
+    device, dtype, k = x.device, x.dtype, x.shape[-1]
+    autocast = _autocast_dtype(x)
+    if autocast is None:
+        inputs, low_rank = (dtype,), (dtype, torch.float32) if dtype in _HALVES else (dtype,)
+    else:
+        dtype, inputs, low_rank = autocast, _DTYPES[1:], _DTYPES[1:]
+    _check_tensor("weight", weight, (-1, k), "(N, {1})", inputs, device)
     n = weight.shape[0]
-    _check_tensor("lora_A", lora_A, (None, k), f"(R, {k}) with R >= 1", low_rank, device)
+    _check_tensor("lora_A", lora_A, (-1, k), "(R, {1}) with R >= 1", low_rank, device)
     r = lora_A.shape[0]
-    _check_tensor("lora_B", lora_B, (n, r), f"({n}, {r})", low_rank, device)
+    _check_tensor("lora_B", lora_B, (n, r), "({0}, {1})", low_rank, device)
     if bias is not None:
-        _check_tensor("bias", bias, (n,), f"({n},)", inputs, device)
+        _check_tensor("bias", bias, (n,), "({0},)", inputs, device)
     if mask_A is not None:
-        _check_tensor("mask_A", mask_A, (r, k), f"({r}, {k})", (torch.bool,), device)
+        _check_tensor("mask_A", mask_A, (r, k), "({0}, {1})", (torch.bool,), device)
     if mask_B is not None:
-        _check_tensor("mask_B", mask_B, (n, r), f"({n}, {r})", (torch.bool,), device)
+        _check_tensor("mask_B", mask_B, (n, r), "({0}, {1})", (torch.bool,), device)
     if not isinstance(scale, int | float) or not -math.inf < scale < math.inf:
         raise ValueError(f"lora_linear: scale must be a finite number, got {scale!r}")
-    if not isinstance(dropout_p, int | float) or not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"lora_linear: dropout_p must be in [0, 1), got {dropout_p!r}")
-    if rng.threshold(dropout_p) == 65536:
-        raise ValueError(f"lora_linear: dropout_p must be below 1 - 2^-17 (16-bit masks), got {dropout_p!r}")
+    dropping = False
+    if dropout_p != 0.0:
+        if not isinstance(dropout_p, int | float) or not 0.0 <= dropout_p < 1.0:
+            raise ValueError(f"lora_linear: dropout_p must be in [0, 1), got {dropout_p!r}")
+        if rng.threshold(dropout_p) == 65536:
+            raise ValueError(f"lora_linear: dropout_p must be below 1 - 2^-17 (16-bit masks), got {dropout_p!r}")
+        dropping = rng.threshold(dropout_p) > 0
     if plan not in registry.PLANS:
         raise ValueError(f"lora_linear: plan must be one of {', '.join(registry.PLANS)}, got {plan!r}")
-    dropping = rng.threshold(dropout_p) > 0
     return LoRALinearFunction.apply(
-        x, weight, bias, _low_rank(lora_A, dtype), _low_rank(lora_B, dtype), mask_A, mask_B,
+        x, weight, bias, _factor(lora_A, dtype), _factor(lora_B, dtype), mask_A, mask_B,
         _seed_tensor(seed, device) if dropping else None, *(packed or (None, None)), float(scale),
         float(dropout_p) if dropping else 0.0, 0, dtype, registry.choose("lora_linear", device.type, dtype),
         registry.choose_plan(plan),
     )  # fmt: skip
 
 
-def _autocast_applies(x: Tensor) -> bool:
-    device_type = x.device.type
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-
-
-def _low_rank(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def _factor(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """lora_A, lora_B as the kernels take them: the compute dtype or fp32; other halves (autocast) are converted."""
     return tensor if tensor.dtype in (dtype, torch.float32) else tensor.to(dtype)

@@ -186,7 +186,7 @@ def backend_plans(backend: str) -> tuple[str, ...]:
 
 
 def plan_obstacle(backend: str, plan: str, dtype: torch.dtype, device: str | torch.device = "cpu") -> str | None:
-    """Why `backend` refuses `plan` in `dtype` on this machine, by the smallest possible call; None where it takes it."""
+    """Why `backend` refuses `plan` in `dtype` on this machine, by the smallest call; None where it takes it."""
     inputs = make_inputs(1, 1, 1, 1, dtype, device)
     try:
         with registry.use_backend(backend, plan):

@@ -93,6 +93,16 @@ backward_ops = registry.declare(
 )
 
 
+def _rows(x, dtype):
+    """x (..., K) as (M, K) in dtype, untouched where it is that already: per-call overhead counts at small M."""
+    x = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def _to(tensor, dtype):
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
+
+
 class LoRALinearFunction(torch.autograd.Function):
     """Forward and backward of lora_linear over the raw ops of one backend; second derivatives raise."""
 
@@ -102,10 +112,9 @@ class LoRALinearFunction(torch.autograd.Function):
         member, dtype, backend, plan,
     ):  # fmt: skip
         need_x, need_weight, _, need_A, need_B = ctx.needs_input_grad[:5]
-        rows = x.reshape(-1, x.shape[-1])
         y, xa = forward_ops[backend](
-            rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), lora_A, lora_B, seed, scale,
-            dropout_p, member, plan, packed_forward,
+            _rows(x, dtype), _to(weight, dtype), _to(bias, dtype), lora_A, lora_B, seed, scale, dropout_p, member, plan,
+            packed_forward,
         )  # fmt: skip
         ctx.save_for_backward(
             x if need_A or need_weight else None,
@@ -118,31 +127,38 @@ class LoRALinearFunction(torch.autograd.Function):
             seed if need_x or need_A else None,
             packed_backward if need_x else None,
         )
-        ctx.scalars = scale, dropout_p, member
-        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
-        ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
-        ctx.dtype, ctx.backend, ctx.plan = dtype, backend, plan
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+        ctx.constants = (
+            (scale, dropout_p, member), x.shape, (x.dtype, weight.dtype, None if bias is None else bias.dtype), dtype,
+            backend, plan,
+        )  # fmt: skip
+        return y if x.ndim == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
-        x, xa, weight, lora_A, lora_B, mask_A, mask_B, seed, packed = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
-        dy = dy.reshape(-1, dy.shape[-1])
-        rows = None if x is None else x.reshape(-1, x.shape[-1]).to(ctx.dtype)
-        dx = dweight = dbias = dlora_A = dlora_B = None
-        if need_x or need_A or need_B:
-            # The weight is read for dx only; the kernels take K and N from lora_A and dy.
-            dx, dlora_A, dlora_B = backward_ops[ctx.backend](
-                dy, rows if need_A else None, dy.new_empty((0, 0)) if weight is None else weight.to(ctx.dtype), lora_A,
-                lora_B, xa, seed, mask_A, mask_B, *ctx.scalars, need_x, need_A, need_B, ctx.plan, packed,
-            )  # fmt: skip
-            dx = dx.reshape(ctx.x_shape).to(ctx.x_dtype) if need_x else None
-            dlora_A = dlora_A if need_A else None
-            dlora_B = dlora_B if need_B else None
-        if need_weight:
-            dweight = (dy.t() @ rows).to(ctx.weight_dtype)
-        if need_bias:
-            dbias = dy.sum(0).to(ctx.bias_dtype)
-        return dx, dweight, dbias, dlora_A, dlora_B, *([None] * 11)
+        return _backward_once(ctx, dy) if torch.is_grad_enabled() else _backward(ctx, dy)
+
+
+def _backward(ctx, dy):
+    x, xa, weight, lora_A, lora_B, mask_A, mask_B, seed, packed = ctx.saved_tensors
+    need_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
+    scalars, x_shape, (x_dtype, weight_dtype, bias_dtype), dtype, backend, plan = ctx.constants
+    dy = dy if dy.ndim == 2 else dy.reshape(-1, dy.shape[-1])
+    rows = None if x is None else _rows(x, dtype)
+    dx = dweight = dbias = dlora_A = dlora_B = None
+    if need_x or need_A or need_B:
+        # The weight is read for dx only; the kernels take K and N from lora_A and dy.
+        dx, dlora_A, dlora_B = backward_ops[backend](
+            dy, rows if need_A else None, _to(weight, dtype) if need_x else dy.new_empty((0, 0)), lora_A, lora_B, xa,
+            seed, mask_A, mask_B, *scalars, need_x, need_A, need_B, plan, packed,
+        )  # fmt: skip
+        dx = (_to(dx, x_dtype) if len(x_shape) == 2 else dx.reshape(x_shape).to(x_dtype)) if need_x else None
+    if need_weight:
+        dweight = (dy.t() @ rows).to(weight_dtype)
+    if need_bias:
+        dbias = dy.sum(0).to(bias_dtype)
+    rest = (None,) * 11
+    return dx, dweight, dbias, dlora_A if need_A else None, dlora_B if need_B else None, *rest
+
+
+# With grad mode on (create_graph=True) the result must refuse to be differentiated again.
+_backward_once = once_differentiable(_backward)
