@@ -189,7 +189,7 @@ void nothing() {}
 
 // Partial sums over pieces of the depth are added up: the rounding error of one long fp32 sum would be several times
 // that of a blocked library GEMM.
-constexpr int64_t kPieceSteps = 256;
+constexpr int64_t kPieceSteps = 32;
 
 template <class T>
 constexpr GemmKernel make(uint32_t id) {

@@ -287,12 +287,15 @@ void outer_ranks(const typename Dot::Lane* s, int64_t lds, int64_t Q, int64_t ra
       vf acc[MI][kPanelVectors];
 #pragma GCC unroll 8
       for (int i = 0; i < MI; ++i)
-        for (int v = 0; v < kPanelVectors; ++v)
-          acc[i][v] = accumulate ? vload(acc_panel + i * kPanel + c + v * kWidth) : vzero();
+        for (int v = 0; v < kPanelVectors; ++v) acc[i][v] = vzero();
       panel_product<Dot, MI>(s, 1, lds, Q, staged + c, acc);
 #pragma GCC unroll 8
       for (int i = 0; i < MI; ++i)
-        for (int v = 0; v < kPanelVectors; ++v) vstore(acc_panel + i * kPanel + c + v * kWidth, acc[i][v]);
+        for (int v = 0; v < kPanelVectors; ++v) {
+          // Blocks of rows are summed apart: one fp32 chain over all of M would round several times worse.
+          float* out = acc_panel + i * kPanel + c + v * kWidth;
+          vstore(out, accumulate ? vadd(vload(out), acc[i][v]) : acc[i][v]);
+        }
     }
   }
   if constexpr (MI > 1) {
