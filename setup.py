@@ -44,7 +44,7 @@ def extensions():
 
 ext_modules, cmdclass = extensions()
 setup(
-    packages=["lorasp", "lorasp.ops", "lorasp.reference", "lorasp.triton_kernels"],
+    packages=["lorasp", "lorasp.bench", "lorasp.demo", "lorasp.ops", "lorasp.reference", "lorasp.triton_kernels"],
     package_dir={"lorasp.triton_kernels": "triton_kernels"},
     package_data={"lorasp.triton_kernels": ["configs/*.json"]},
     ext_modules=ext_modules,

@@ -8,19 +8,19 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from lorasp import bench, bench_providers, info
-from lorasp.bench import Provider
-from lorasp.bench_timing import make_clock
+from lorasp import bench, info
+from lorasp.bench import Provider, workloads
+from lorasp.bench.timing import make_clock
 
 
 def test_lora_linear(benchmark, workload, provider, mode):
     shape, device = workload.shape, workload.x.device
     try:
-        candidate = bench_providers.build(provider, workload)
-        bench_providers.verify(candidate)
+        candidate = workloads.build(provider, workload)
+        workloads.verify(candidate)
     except bench.Unavailable as reason:
         pytest.skip(str(reason))
-    base = bench_providers.build(Provider(bench.BASE), workload)
+    base = workloads.build(Provider(bench.BASE), workload)
     *_, measurement = bench.measure([base, candidate], mode, make_clock(device), rounds=7)
     function = candidate.step if mode == "forward+backward" else candidate.forward
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lorasp import bench, bench_providers, cli, info
+from lorasp import bench, cli, info
+from lorasp.bench import workloads
 
 
 def pytest_addoption(parser):
@@ -37,7 +38,7 @@ def pytest_generate_tests(metafunc):
     shapes = list(dict.fromkeys(shapes if tokens is None else bench.with_tokens(shapes, tokens)))
     chosen = config.getoption("providers")
     providers = (
-        bench_providers.default_providers(device, prepack=device.type == "cpu")
+        workloads.default_providers(device, prepack=device.type == "cpu")
         if chosen is None
         else [bench.Provider.parse(name) for name in chosen]
     )
@@ -49,4 +50,4 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture(scope="module")
 def workload(shape, request):
     config = request.config
-    return bench_providers.make_workload(shape, config.getoption("dtype"), _device(config), config.getoption("dropout"))
+    return workloads.make_workload(shape, config.getoption("dtype"), _device(config), config.getoption("dropout"))

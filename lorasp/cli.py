@@ -171,9 +171,9 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from lorasp import bench_command
+    from lorasp.bench import command
 
-    return bench_command.run(options)
+    return command.run(options)
 
 
 def _check(options: argparse.Namespace) -> int:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lorasp import bench, bench_command, bench_providers, bench_report, bench_timing, cli, console
-from lorasp.bench import MODES, Provider, Shape
+from lorasp import bench, cli, console
+from lorasp.bench import MODES, Provider, Shape, command, report, timing, workloads
 from lorasp.ops import lora_linear, registry
 
 SHAPE = Shape(24, 40, 56, 4)
@@ -58,7 +58,7 @@ def test_a_shape_has_positive_sizes():
 @pytest.mark.parametrize("name", ["linear", "linear-train", "peft-half", "peft-half+fa"])
 def test_flops_are_those_of_the_matrix_products(name, mode):
     provider = Provider.parse(name)
-    candidate = bench_providers.build(provider, bench_providers.make_workload(SHAPE, torch.float32, CPU))
+    candidate = workloads.build(provider, workloads.make_workload(SHAPE, torch.float32, CPU))
     with FlopCounterMode(display=False) as counter:
         y = candidate.forward()
         if mode == "forward+backward":
@@ -99,7 +99,7 @@ class FakeClock:
 
 def test_the_base_runs_before_and_after_every_provider():
     clock = FakeClock({"base": 1.0, "a": 2.0, "b": 3.0})
-    samples = bench_timing.interleave("base", ["a", "b"], clock, rounds=2)
+    samples = timing.interleave("base", ["a", "b"], clock, rounds=2)
     warm_up = 2 * 3
     assert [function for function, _ in clock.order[warm_up:]] == ["base", *["a", "base", "b", "base"] * 2]
     assert samples == [[(2.0, 2.0)] * 2, [(3.0, 3.0)] * 2]
@@ -107,7 +107,7 @@ def test_the_base_runs_before_and_after_every_provider():
 
 def test_a_machine_that_slows_down_steadily_does_not_move_the_ratio():
     clock = FakeClock({"base": 1.0, "a": 1.25}, drift=0.01)
-    (samples,) = bench_timing.interleave("base", ["a"], clock, rounds=9)
+    (samples,) = timing.interleave("base", ["a"], clock, rounds=9)
     assert [ratio for _, ratio in samples] == pytest.approx([1.25] * 9)
     assert samples[-1][0] > samples[0][0]
 
@@ -116,19 +116,19 @@ def test_a_machine_that_slows_down_steadily_does_not_move_the_ratio():
     ("price", "seconds", "rounds"), [(1.0, 20.0, 10), (1.0, 2.0, 5), (0.01, 20.0, 41)], ids=["fits", "least", "most"]
 )
 def test_rounds_fill_the_time_budget(price, seconds, rounds):
-    (samples,) = bench_timing.interleave("base", ["a"], FakeClock({"base": price, "a": price}), seconds=seconds)
+    (samples,) = timing.interleave("base", ["a"], FakeClock({"base": price, "a": price}), seconds=seconds)
     assert len(samples) == rounds
 
 
 def test_a_short_function_is_repeated_within_a_sample():
     clock = FakeClock({"base": 1e-3, "a": 1e-5})
-    bench_timing.interleave("base", ["a"], clock, rounds=1)
+    timing.interleave("base", ["a"], clock, rounds=1)
     assert clock.order[-3:] == [("base", 4), ("a", 400), ("base", 4)]
 
 
 def test_quartiles():
-    assert bench_timing.quartiles([5.0, 1.0, 3.0, 2.0, 4.0]) == (2.0, 3.0, 4.0)
-    assert bench_timing.quartiles([7.0]) == (7.0, 7.0, 7.0)
+    assert timing.quartiles([5.0, 1.0, 3.0, 2.0, 4.0]) == (2.0, 3.0, 4.0)
+    assert timing.quartiles([7.0]) == (7.0, 7.0, 7.0)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
@@ -160,16 +160,16 @@ def test_a_provider_that_cannot_run_here_is_listed_with_the_reason(monkeypatch):
 @pytest.mark.parametrize("name", ["lorasp", "peft-half"])
 @pytest.mark.parametrize("broken", ["y", "dx", "dlora_A", "dlora_B"])
 def test_a_wrong_result_is_never_timed(name, broken):
-    workload = bench_providers.make_workload(SHAPE, torch.float32, CPU)
-    candidate = bench_providers.build(Provider.parse(name), workload)
-    bench_providers.verify(candidate)
+    workload = workloads.make_workload(SHAPE, torch.float32, CPU)
+    candidate = workloads.build(Provider.parse(name), workload)
+    workloads.verify(candidate)
     if broken == "y":
         right = candidate.forward
         candidate.forward = lambda: right() + 0.01
     else:
         dict(zip(candidate.names, candidate.inputs, strict=True))[broken].register_hook(lambda grad: grad * 1.01)
     with pytest.raises(AssertionError, match=f"{name} {broken} at 24×40×56 r4: error"):
-        bench_providers.verify(candidate)
+        workloads.verify(candidate)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
@@ -247,7 +247,7 @@ def test_an_unavailable_provider_asked_for_by_name_is_an_error(tmp_path, capsys,
 )  # fmt: skip
 def test_freeze_A_and_prepack_apply_to_every_adapter(arguments, expected):
     options = cli.parser().parse_args(["bench", *arguments])
-    assert [provider.name for provider in bench_command.choose_providers(options, CPU)] == expected
+    assert [provider.name for provider in command.choose_providers(options, CPU)] == expected
 
 
 def test_a_wrong_provider_stops_the_benchmark(tmp_path, capsys, monkeypatch):
@@ -267,7 +267,7 @@ def test_named_sets_take_the_models_sizes():
 
 
 def test_a_file_name_says_sets_device_dtype_and_dropout():
-    stem = bench_report.stem(["square", "own"], "Intel(R) Xeon(R) @ 2.30GHz (2 threads)", "bfloat16", 0.1)
+    stem = report.stem(["square", "own"], "Intel(R) Xeon(R) @ 2.30GHz (2 threads)", "bfloat16", 0.1)
     assert stem.startswith("lora_linear-square-own-intel-xeon-2-30ghz-2-threads-bfloat16-dropout0.1-")
 
 
@@ -275,5 +275,5 @@ def test_the_plot_takes_results_with_missing_providers(tmp_path):
     results = list(bench.run([SHAPE, Shape(8, 16, 16, 2)], providers("lorasp"), dtype=torch.float32, rounds=1))
     results[1].measurements = [m for m in results[1].measurements if m.provider.kind == "linear"]
     results[0].measurements = [dataclasses.replace(m, ratio_q3=m.ratio) for m in results[0].measurements]
-    bench_report.plot(tmp_path / "plot.png", results, "a machine", "float32")
+    report.plot(tmp_path / "plot.png", results, "a machine", "float32")
     assert (tmp_path / "plot.png").stat().st_size > 0

@@ -325,9 +325,7 @@ def test_backward_uses_the_backend_of_the_forward(monkeypatch):
         y = lora_linear(*arguments)
     assert y.grad_fn is not None
     calls = []
-    monkeypatch.setitem(
-        backward_ops, "reference", lambda *a, op=backward_ops["reference"]: calls.append(1) or op(*a)
-    )
+    monkeypatch.setitem(backward_ops, "reference", lambda *a, op=backward_ops["reference"]: calls.append(1) or op(*a))
     y.sum().backward()
     assert calls == [1]
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from lorasp import bench, bench_providers, bench_report, console, info
-from lorasp.bench import Provider, Shape
+from lorasp import bench, console, info
+from lorasp.bench import Provider, Shape, report, workloads
 from lorasp.console import UsageError
 
 # M of the models' layers on a CPU, where their GPU micro-batch would take minutes per sample.
@@ -36,7 +36,7 @@ def choose_shapes(options: argparse.Namespace, device: torch.device) -> list[Sha
 def choose_providers(options: argparse.Namespace, device: torch.device) -> list[Provider]:
     """The providers asked for, or what suits the device. Raises UsageError for one that does not exist."""
     if options.providers is None:
-        return bench_providers.default_providers(device, options.freeze_A, options.prepack)
+        return workloads.default_providers(device, options.freeze_A, options.prepack)
     try:
         providers = [Provider.parse(name) for name in options.providers]
     except ValueError as error:
@@ -74,15 +74,15 @@ def run(options: argparse.Namespace) -> int:
             seconds=options.seconds, progress=_progress,
         ):  # fmt: skip
             _progress("")
-            bench_report.print_result(result)
+            report.print_result(result)
             results.append(result)
     except AssertionError as error:
         print(f"lorasp bench: wrong result, nothing is timed: {error}", file=sys.stderr)
         return 1
     sets = [*set_names(options, device), *["own"] * bool(options.mknr)]
     environment = {"device": machine, **versions, "rules": rules}
-    path = options.out / f"{bench_report.stem(sets, machine, dtype, options.dropout)}.csv"
-    bench_report.write_csv(path, results, environment)
+    path = options.out / f"{report.stem(sets, machine, dtype, options.dropout)}.csv"
+    report.write_csv(path, results, environment)
     print(f"wrote {path}")
     _plot(path, results, machine, dtype, options.dropout, versions)
     refused = {provider for result in results for provider in result.unavailable}
@@ -96,7 +96,7 @@ def _plot(path, results, machine, dtype, dropout_p, versions) -> None:
     drop = f"dropout {dropout_p:g}" if dropout_p else "no dropout"
     subtitle = f"{dtype}, {drop}; torch {versions['torch']}, lorasp {versions['lorasp']} {versions['commit']}".rstrip()
     try:
-        bench_report.plot(path.with_suffix(".png"), results, machine, subtitle)
+        report.plot(path.with_suffix(".png"), results, machine, subtitle)
     except ImportError as error:
         print(f'no plot: {error}: pip install "lorasp[bench]"')
         return

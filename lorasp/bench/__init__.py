@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lorasp import bench_providers
-from lorasp.bench_cases import (
+from lorasp.bench import workloads
+from lorasp.bench.cases import (
     BASE,
     MODES,
     SHAPES,
@@ -25,7 +25,7 @@ from lorasp.bench_cases import (
     min_bytes,
     with_tokens,
 )
-from lorasp.bench_timing import Clock, interleave, make_clock, peak_bytes, pin_malloc, quartiles
+from lorasp.bench.timing import Clock, interleave, make_clock, peak_bytes, pin_malloc, quartiles
 from lorasp.memory import saved_bytes
 
 __all__ = [
@@ -101,13 +101,13 @@ def run(
     base = Provider(BASE)
     for shape in shapes:
         result = ShapeResult(shape)
-        workload = bench_providers.make_workload(shape, dtype, device, dropout_p)
+        workload = workloads.make_workload(shape, dtype, device, dropout_p)
         candidates = []
         for provider in (base, *(p for p in providers if p != base)):
             progress(f"{shape.label}: checking {provider.name}")
             try:
-                candidate = bench_providers.build(provider, workload)
-                bench_providers.verify(candidate)
+                candidate = workloads.build(provider, workload)
+                workloads.verify(candidate)
                 candidates.append(candidate)
             except Unavailable as reason:
                 result.unavailable[provider] = str(reason)

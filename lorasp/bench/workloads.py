@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasp import rng, testing
-from lorasp.bench_cases import Candidate, Provider, Shape, Unavailable, Workload
+from lorasp.bench.cases import Candidate, Provider, Shape, Unavailable, Workload
 from lorasp.config import LoRAConfig
 from lorasp.functional import lora_linear
 from lorasp.nn import LoRALinear

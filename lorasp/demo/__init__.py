@@ -251,7 +251,7 @@ def run(
     """Train, adapt, print the table and write `out`/lorasp-demo.png; returns what was measured."""
     from transformers.utils import logging
 
-    from lorasp import demo_report
+    from lorasp.demo import report
 
     logging.set_verbosity_error()
     start = time.perf_counter()
@@ -260,15 +260,15 @@ def run(
     steps = steps or chosen.steps
     english, python = prose(), source()
     model = make_model(chosen, dtype, device, seed)
-    demo_report.print_start(model, size_name, dtype, device, english, python)
-    with demo_report.progress() as bar:
+    report.print_start(model, size_name, dtype, device, english, python)
+    with report.progress() as bar:
         _drive(bar, "learning English prose", train_base(model, english, chosen, device, seed), chosen.base_steps)
         torch.manual_seed(seed)
         methods = make_methods(model, chosen)
         _drive(bar, "four ways to learn Python", adapt(methods, python, chosen, steps, device, seed), steps)
     path = out / "lorasp-demo.png"
-    demo_report.plot(path, methods, info.device_name(device), dtype)
-    demo_report.print_end(methods, path, time.perf_counter() - start)
+    report.plot(path, methods, info.device_name(device), dtype)
+    report.print_end(methods, path, time.perf_counter() - start)
     return methods
 
 
