@@ -43,7 +43,11 @@ at::Tensor frozen_forward(const at::Tensor& x, const at::Tensor& weight, const s
   return prefers_onednn(x) ? onednn(x, weight, bias) : at::linear(x, weight, bias);
 }
 
-at::Tensor frozen_backward(const at::Tensor& dy, const at::Tensor& weight) {
+at::Tensor frozen_backward(const at::Tensor& strided, const at::Tensor& weight) {
+  // oneDNN multiplies halves in pairs: of a strided row of odd length it also reads the element behind the row, times
+  // zero, and a NaN there spreads (seen with torch 2.13).
+  const bool reads_behind = strided.element_size() == 2 && strided.size(1) % 2 == 1;
+  const at::Tensor dy = reads_behind ? strided.contiguous() : strided;
   return prefers_onednn(dy) ? onednn(dy, weight.t(), std::nullopt) : at::mm(dy, weight);
 }
 
