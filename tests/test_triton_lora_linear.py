@@ -7,11 +7,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+import triton
 from lorasp.triton_kernels import lora_linear as kernels
 from lorasp.triton_kernels import tuning
 
@@ -26,6 +28,11 @@ PLANS = ("addmm", "fused", "onepass")
 @pytest.mark.parametrize("files", ["interpret/lora_linear.py", "interpret/lora_linear_kernels.py", "test_ops.py"])
 def test_interpreted(files):
     """A process of its own per file: triton reads TRITON_INTERPRET when it is imported."""
+    if (
+        tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+        and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0"
+    ):
+        pytest.skip("Triton 3.6's interpreter does not run on numpy 2.4")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-W", "error::UserWarning:lorasp", TESTS / files],
@@ -200,7 +207,7 @@ def test_gpu_mask_bits_are_the_definition(K, dtype):
 def test_gpu_beyond_2_to_31_elements(plan, K, N):
     """Only the last rows hold anything, and they lie beyond 2^31 elements: every output is known from them."""
     M, live, R, p, seed = 2**31 // 4096 + 1024, 64, 8, 0.5, torch.tensor(9, device="cuda")
-    needed = 2 * M * (2 * K + 2 * N) + 2**30
+    needed = 2 * M * (2 * K + 2 * N) + 2**32
     if torch.cuda.mem_get_info()[0] < needed:
         pytest.skip(f"needs {needed / 2**30:.0f} GiB of free GPU memory")
     tail = make_inputs(live, K, N, R, torch.bfloat16, "cuda")

@@ -250,7 +250,7 @@ def _gemm(p, v, bias, h, q, dropout, config, target, rank_first) -> Tensor:
         arguments |= {
             "p_desc": _descriptor(p, config.block_m, config.block_d), "v_desc": _descriptor(stored, *block_v),
             "out_desc": _descriptor(out, config.block_m, config.block_c // config.subtiles), "V_TRANSPOSED": transposed,
-            "SUBTILES": config.subtiles, "FLATTEN": config.flatten and not dropout.active,
+            "SUBTILES": config.subtiles, "FLATTEN": config.flatten and not dropout.active and R <= 64,
         }  # fmt: skip
         kernel, grid = _lora_linear_gemm_tma_kernel, (min(tiles, target.sm_count),)
     else:

@@ -9,7 +9,7 @@ FLOPs: 2·M·C·(D + R). At least M·D + D·C + M·R + R·C elements are read an
 import triton
 import triton.language as tl
 
-from .lora_linear_skinny import rank_offsets
+from .lora_linear_skinny import add_rank_product, rank_offsets
 from .philox import keep_mask
 
 _UNSPECIALIZED = ["M", "member", "threshold"]
@@ -22,24 +22,6 @@ def tile_of(index, tiles_m, tiles_c, GROUP_M: tl.constexpr):
     height = tl.minimum(tiles_m - band * GROUP_M, GROUP_M)
     inside = index % (GROUP_M * tiles_c)
     return band * GROUP_M + inside % height, inside // height
-
-
-@triton.jit
-def add_rank_product(
-    acc, h_ptr, q_ptr, offs_m, offs_c, M, C,
-    R: tl.constexpr, RANK_FIRST: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """acc + h q for one tile: h (M, R) and q contiguous, q rank first (lora_A) or last (lora_B)."""
-    mask_m = (offs_m < M)[:, None]
-    mask_c = (offs_c < C)[None, :]
-    h_rows = h_ptr + offs_m[:, None].to(tl.int64) * R
-    for r in tl.static_range(0, R, BLOCK_R):
-        offs_r = r + tl.arange(0, BLOCK_R)
-        h = tl.load(h_rows + offs_r[None, :], mask=mask_m & (offs_r < R)[None, :], other=0.0)
-        q_ptrs = q_ptr + rank_offsets(offs_c[None, :], offs_r[:, None], C, R, RANK_FIRST)
-        q = tl.load(q_ptrs, mask=mask_c & (offs_r < R)[:, None], other=0.0)
-        acc = tl.dot(h, q, acc, input_precision=PRECISION)
-    return acc
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)

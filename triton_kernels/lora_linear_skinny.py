@@ -23,6 +23,39 @@ def rank_offsets(offs_c, offs_r, C, R: tl.constexpr, RANK_FIRST: tl.constexpr):
         return offs_c.to(tl.int64) * R + offs_r
 
 
+@triton.jit
+def _add_rank_step(
+    acc, h_rows, q_ptr, offs_c, offs_r, mask_m, C,
+    R: tl.constexpr, RANK_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    h = tl.load(h_rows + offs_r[None, :], mask=mask_m & (offs_r < R)[None, :], other=0.0)
+    q_ptrs = q_ptr + rank_offsets(offs_c[None, :], offs_r[:, None], C, R, RANK_FIRST)
+    q = tl.load(q_ptrs, mask=(offs_c < C)[None, :] & (offs_r < R)[:, None], other=0.0)
+    return tl.dot(h, q, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def add_rank_product(
+    acc, h_ptr, q_ptr, offs_m, offs_c, M, C,
+    R: tl.constexpr, RANK_FIRST: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + h q for one tile: h (M, R) and q contiguous, q rank first (lora_A) or last (lora_B).
+
+    Ranks above 64 run as a loop: unrolled, their addresses would take the registers of the accumulator.
+    """
+    mask_m = (offs_m < M)[:, None]
+    h_rows = h_ptr + offs_m[:, None].to(tl.int64) * R
+    if R <= 64:
+        for r in tl.static_range(0, R, BLOCK_R):
+            offs_r = r + tl.arange(0, BLOCK_R)
+            acc = _add_rank_step(acc, h_rows, q_ptr, offs_c, offs_r, mask_m, C, R, RANK_FIRST, PRECISION)
+    else:
+        for r in tl.range(0, R, BLOCK_R, num_stages=1):
+            offs_r = r + tl.arange(0, BLOCK_R)
+            acc = _add_rank_step(acc, h_rows, q_ptr, offs_c, offs_r, mask_m, C, R, RANK_FIRST, PRECISION)
+    return acc
+
+
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def _lora_linear_project_kernel(
     p_ptr, q_ptr, h_ptr, seed_ptr,
@@ -192,13 +225,7 @@ def _lora_linear_accumulate_kernel(
     out = out_ptr + offs_m[:, None] * C + offs_c[None, :]
     old = tl.load(out, mask=mask_o, other=0.0)
     acc = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
-    for r in tl.static_range(0, R, BLOCK_R):
-        offs_r = r + tl.arange(0, BLOCK_R)
-        mask_r = offs_r < R
-        h = tl.load(h_ptr + offs_m[:, None] * R + offs_r[None, :], mask=mask_m[:, None] & mask_r[None, :], other=0.0)
-        q_ptrs = q_ptr + rank_offsets(offs_c[None, :], offs_r[:, None], C, R, RANK_FIRST)
-        q = tl.load(q_ptrs, mask=mask_r[:, None] & mask_c[None, :], other=0.0)
-        acc = tl.dot(h, q, acc, input_precision=PRECISION)
+    acc = add_rank_product(acc, h_ptr, q_ptr, offs_m, offs_c, M, C, R, RANK_FIRST, BLOCK_R, PRECISION)
     if DROPOUT:
         keep = keep_mask(tl.load(seed_ptr), offs_m, pid_c * BLOCK_C, C, threshold, member, BLOCK_C, ALIGNED)
         acc = tl.where(keep, acc, 0.0)

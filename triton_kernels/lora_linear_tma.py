@@ -9,8 +9,8 @@ does not compile at BLOCK_M = 128 (triton#11587).
 import triton
 import triton.language as tl
 
-from .lora_linear_gemm import add_rank_product, tile_of
-from .lora_linear_skinny import rank_offsets
+from .lora_linear_gemm import tile_of
+from .lora_linear_skinny import add_rank_product, rank_offsets
 from .philox import keep_mask
 
 

@@ -104,6 +104,10 @@ def next_power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
 def pad_rank(R: int, most: int) -> int:
     """BLOCK_R: a power of two, at least tl.dot's 16, at most `most` (the rest is looped over)."""
     return min(max(next_power_of_two(R), 16), most)
@@ -130,23 +134,23 @@ def gemm_config(
     """
     if target.arch == 0:
         return GemmConfig(32, 32, 32, num_warps=4, num_stages=2, group_m=2, tma=tma)
+    wide_rank = extra_rank > 32
     if dtype.itemsize == 4:
-        return GemmConfig(32, 64, 32, num_warps=8, num_stages=2)
+        return GemmConfig(32, 32 if wide_rank and not aligned else 64, 32, num_warps=8, num_stages=2)
     height = min(128, next_power_of_two(max(M, 16)))
     if not tma and not aligned:
-        return GemmConfig(min(height, 64), 64, 32, num_warps=4, num_stages=2)
+        return GemmConfig(min(height, 64), 64, 32, num_warps=8 if wide_rank else 4, num_stages=2)
     if height < 128:
-        return GemmConfig(height, 128, 64, num_warps=4, num_stages=_fit_stages(target, 128 * (height + 128), 16384, 4))
+        stages = _fit_stages(target, 128 * (height + 128), 16384, 4)
+        return GemmConfig(height, 128, 64, num_warps=8 if wide_rank else 4, num_stages=stages)
     if tma and 90 <= target.arch < 120:
-        width = 256 if extra_rank <= 32 else 128
-        flatten = target.arch == 90 and not dropout
-        return GemmConfig(128, width, 64, num_warps=8, num_stages=3, tma=True, flatten=flatten, subtiles=2)
+        if dropout or wide_rank:
+            return GemmConfig(128, 128, 64, num_warps=8, num_stages=4, tma=True, subtiles=2)
+        return GemmConfig(128, 256, 64, num_warps=8, num_stages=3, tma=True, flatten=target.arch == 90, subtiles=2)
     if tma and target.arch >= 120:
         return GemmConfig(128, 128, 32, num_warps=8, num_stages=3, tma=True, subtiles=2)
-    if extra_rank > 32 or (extra_rank and dropout):
-        return GemmConfig(64, 128, 64 if target.shared_memory >= _SHARED_MEMORY[80] else 32, num_warps=8, num_stages=3)
     depth = 64 if target.shared_memory >= _SHARED_MEMORY[80] else 32
-    return GemmConfig(128, 128, depth, num_warps=8, num_stages=3)
+    return GemmConfig(64 if dropout or wide_rank else 128, 128, depth, num_warps=8, num_stages=3)
 
 
 def skinny_config(target: Target, dtype: torch.dtype, M: int, R: int, *, aligned: bool) -> SkinnyConfig:
@@ -155,11 +159,12 @@ def skinny_config(target: Target, dtype: torch.dtype, M: int, R: int, *, aligned
         return SkinnyConfig(32, 32, pad_rank(R, 32), num_warps=4, num_stages=2)
     height = min(64, next_power_of_two(max(M, 16)))
     if dtype.itemsize == 4 or not aligned:
-        return SkinnyConfig(min(height, 32), 64, pad_rank(R, 32 if aligned else 16), num_warps=8, num_stages=2)
+        block_c, block_r = (64, pad_rank(R, 32)) if aligned or dtype.itemsize == 2 else (32, pad_rank(R, 16))
+        return SkinnyConfig(min(height, 32), block_c, block_r, num_warps=8, num_stages=2)
     block_r = pad_rank(R, 128)
-    block_c = 128 if block_r <= 64 else 64
+    block_c = 128 if block_r <= (64 if target.shared_memory >= _SHARED_MEMORY[80] else 32) else 64
     stage_bytes = 2 * (height * block_c + max(height, block_c) * block_r)
-    num_warps = 4 if target.arch < 100 else 8
+    num_warps = 4 if target.arch == 90 else 8
     return SkinnyConfig(height, block_c, block_r, num_warps, _fit_stages(target, stage_bytes, 32768, 4))
 
 
@@ -186,7 +191,7 @@ def split(target: Target, programs: int, blocks: int, stream_bytes: int, partial
     programs: without a split; blocks: steps of the sum, an upper bound; stream_bytes: what the kernel reads once;
     partial_bytes: one set of partials. Written and read once, they may add a quarter to the kernel's bytes.
     """
-    wanted = -(-2 * target.sm_count // programs)
+    wanted = _ceil_div(2 * target.sm_count, programs)
     affordable = stream_bytes // max(1, 8 * partial_bytes)
     return max(1, min(wanted, blocks, affordable))
 
@@ -196,7 +201,8 @@ def one_pass_over_dy(M: int, N: int, R: int, itemsize: int, block_m: int) -> boo
 
     One pass saves M·N·itemsize and writes, then reads, cdiv(M, block_m)·N·R partials of dB in fp32.
     """
-    return R <= 64 and 8 * -(-M // block_m) * N * R < M * N * itemsize
+    partials = 4 * _ceil_div(M, block_m) * N * R
+    return R <= 64 and 2 * partials < M * N * itemsize
 
 
 @lru_cache

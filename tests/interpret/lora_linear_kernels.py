@@ -147,6 +147,16 @@ def test_split_sums(parts, R, one_pass, launched, monkeypatch):
     assert ("reduce" in launched) == (parts > 1 or one_pass)
 
 
+@pytest.mark.parametrize("parts", [1, 31, 33, 70])
+def test_reduction_takes_any_number_of_parts(parts):
+    partials = torch.randn(parts, 9, 13)
+    mask = torch.rand(9, 13).lt(0.5).view(torch.uint8)
+    for dtype in (torch.float32, torch.float16):
+        total = kernels._reduce(partials, torch.empty(9, 13, dtype=dtype), mask)
+        want = torch.where(mask.bool(), partials.sum(0), 0).to(dtype)
+        assert_close(total, want, torch.where(mask.bool(), partials.double().sum(0), 0), dtype)
+
+
 @pytest.mark.parametrize(
     ("plan", "sizes", "dtype", "kernel"),
     [
