@@ -1,4 +1,5 @@
-// The Python module lorasp._C: build facts, CPU features, and hooks for the tests. Importing it registers the operators.
+// The Python module lorasp._C: build facts, CPU features, and hooks for the tests. Importing it registers the
+// operators.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/version.h>

@@ -45,8 +45,8 @@ const void* panels_of(const GemmKernel& kernel, const OptionalTensor& packed, co
                         packed->numel() == static_cast<int64_t>(sizeof(header)) + bytes,
                     "lora_linear: packed must be the result of pack_weight for this weight, got ", packed->sizes());
   std::memcpy(&header, packed->const_data_ptr(), sizeof(header));
-  TORCH_CHECK_VALUE(header.magic == PackedHeader{}.magic && header.kernel == kernel.id &&
-                        header.columns == w.columns && header.depth == w.depth,
+  TORCH_CHECK_VALUE(header.magic == PackedHeader{}.magic && header.kernel == kernel.id && header.columns == w.columns &&
+                        header.depth == w.depth,
                     "lora_linear: packed must be packed for this weight, dtype and CPU; pack_weight it again");
   return static_cast<const char*>(packed->const_data_ptr()) + sizeof(header);
 }
@@ -58,9 +58,10 @@ DType dtype_of(const Tensor& t) {
 Tensor pack_weight_cpu(const Tensor& weight, bool backward) {
   const bool known = weight.scalar_type() == at::kFloat || weight.scalar_type() == at::kBFloat16;
   const GemmKernel* kernel = known ? fused_kernel(dtype_of(weight)) : nullptr;
-  TORCH_CHECK_VALUE(kernel, "pack_weight: no packed layout for ", weight.scalar_type(), " on this CPU (instruction set ",
-                    active_isa_name(), ")");
-  TORCH_CHECK_VALUE(weight.dim() == 2 && weight.numel() > 0, "pack_weight: weight must be (N, K), got ", weight.sizes());
+  TORCH_CHECK_VALUE(kernel, "pack_weight: no packed layout for ", weight.scalar_type(),
+                    " on this CPU (instruction set ", active_isa_name(), ")");
+  TORCH_CHECK_VALUE(weight.dim() == 2 && weight.numel() > 0, "pack_weight: weight must be (N, K), got ",
+                    weight.sizes());
   const Source source(weight, backward);
   PackedHeader header;
   header.kernel = kernel->id, header.columns = source.operand.columns, header.depth = source.operand.depth;

@@ -1,8 +1,8 @@
-// Blocking of gemm.h: a thread packs a block of rows once, small enough for its L2, forms their low-rank rows s from the
-// packed copy, and streams panels of packed w past both. Panels are packed by the first thread that comes to them, from
-// memory that was prefetched while the panels before were multiplied: read cold, packing w costs as much as a quarter of
-// the product (measured, 512 x 1024 x 1024). Few rows: each thread packs its own panels just before use and w never
-// makes a round trip through memory.
+// Blocking of gemm.h: a thread packs a block of rows once, small enough for its L2, forms their low-rank rows s from
+// the packed copy, and streams panels of packed w past both. Panels are packed by the first thread that comes to them,
+// from memory that was prefetched while the panels before were multiplied: read cold, packing w costs as much as a
+// quarter of the product (measured, 512 x 1024 x 1024). Few rows: each thread packs its own panels just before use and
+// w never makes a round trip through memory.
 #include "gemm.h"
 
 #include <ATen/Parallel.h>
@@ -94,8 +94,8 @@ struct Workspace {
   Prefetch ahead;
   int64_t lines_per_block = 0;
 
-  float* projected;     // low_rank_panels tiles for each row block: s before it is scaled and rounded
-  float* term;          // the masked low-rank term of one tile
+  float* projected;  // low_rank_panels tiles for each row block: s before it is scaled and rounded
+  float* term;       // the masked low-rank term of one tile
   float* accumulators;
   unsigned char* kept_rows;  // one row block of keep_a o a
   unsigned char* bits;       // of those rows
@@ -109,7 +109,8 @@ struct Workspace {
 
   // Panels [first, first + count) of w, spread over the next `tiles` whole tiles.
   void prefetch(const Layout& l, int64_t first, int64_t count, int64_t tiles) {
-    ahead = count > 0 ? Prefetch(l.kernel, columns_of(l.kernel, l.p.w, first * l.kernel.nr, count * l.kernel.nr)) : Prefetch();
+    ahead = count > 0 ? Prefetch(l.kernel, columns_of(l.kernel, l.p.w, first * l.kernel.nr, count * l.kernel.nr))
+                      : Prefetch();
     lines_per_block = ceil_div(ahead.lines(), tiles * ceil_div(l.segment, l.kernel.group_steps));
   }
 };
@@ -134,7 +135,8 @@ void pack_low_rank_rows(const Layout& l, int64_t block, unsigned char* low_rank,
 
 void pack_main_rows(const Layout& l, int64_t block, int64_t first_step, int64_t steps, unsigned char* main) {
   const GemmKernel& k = l.kernel;
-  const auto* a = static_cast<const unsigned char*>(l.p.a) + (block * k.mr * l.p.lda + first_step * k.kr) * k.element_size;
+  const auto* a =
+      static_cast<const unsigned char*>(l.p.a) + (block * k.mr * l.p.lda + first_step * k.kr) * k.element_size;
   k.pack_rows(a, l.p.lda, l.rows(block), std::min(steps * k.kr, l.D - first_step * k.kr), nullptr, 0, main);
 }
 
@@ -146,7 +148,8 @@ void project(const Layout& l, int64_t block, int64_t first_step, int64_t steps, 
   if (l.p.keep_a) {
     if (first_step == 0 || l.segment < l.steps)
       for (int64_t r = 0; r < l.rows(block); ++r) l.p.keep_a->fill(block * k.mr + r, own.bits + r * l.keep_a_stride);
-    const auto* a = static_cast<const unsigned char*>(l.p.a) + (block * k.mr * l.p.lda + first_step * k.kr) * k.element_size;
+    const auto* a =
+        static_cast<const unsigned char*>(l.p.a) + (block * k.mr * l.p.lda + first_step * k.kr) * k.element_size;
     k.pack_rows(a, l.p.lda, l.rows(block), std::min(steps * k.kr, l.D - first_step * k.kr),
                 own.bits + first_step * k.kr / 8, l.keep_a_stride, own.kept_rows);
     rows = own.kept_rows;

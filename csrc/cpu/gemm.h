@@ -2,9 +2,9 @@
 //     y (M, N) = a (M, D) w + s (M, R) p + bias        s = round(scale * (keep_a o a) q)        keep_y o (s p) for s p
 //     forward:  a = x,  w = weight^T, q = lora_A^T, p = lora_B^T, s = xa, keep_a the dropout mask
 //     backward: a = dy, w = weight,   q = lora_B,   p = lora_A,   s = g,  keep_y the dropout mask
-// so that a is read once and y written once. Torch-free except for the driver's threads. Invariants: packed operands are
-// 64-byte aligned and zero-padded to whole register tiles, accumulators are fp32, every output element is written by
-// exactly one thread in one fixed order.
+// so that a is read once and y written once. Torch-free except for the driver's threads. Invariants: packed operands
+// are 64-byte aligned and zero-padded to whole register tiles, accumulators are fp32, every output element is written
+// by exactly one thread in one fixed order.
 #pragma once
 #include <cstdint>
 

@@ -7,7 +7,8 @@
 #include "gemm.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16"))), apply_to = function)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16"))), apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16")
 #endif
@@ -36,8 +37,8 @@ void enter() {
 
 void leave() { _tile_release(); }
 
-void pack_rows(const void* a, int64_t lda, int64_t rows, int64_t depth, const unsigned char* bits,
-               int64_t stride_bytes, void* packed) {
+void pack_rows(const void* a, int64_t lda, int64_t rows, int64_t depth, const unsigned char* bits, int64_t stride_bytes,
+               void* packed) {
   const bf16* source = static_cast<const bf16*>(a);
   bf16* out = static_cast<bf16*>(packed);
   for (int64_t r = 0; r < kMR; ++r) {
@@ -162,7 +163,8 @@ void store(const float* c, int64_t rows, int64_t columns, float scale, const flo
   }
 }
 
-constexpr GemmKernel kKernel{1, kMR, kNR, kKR, sizeof(bf16), 4, 8, pack_rows, pack_panels, block, add_selected, store, enter, leave};
+constexpr GemmKernel kKernel{1,         kMR,         kNR,   kKR,          sizeof(bf16), 4,     8,
+                             pack_rows, pack_panels, block, add_selected, store,        enter, leave};
 
 }  // namespace
 

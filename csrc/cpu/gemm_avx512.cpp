@@ -1,5 +1,5 @@
-// gemm.h's register tile on AVX-512: C (8, 48) in 24 registers. A depth step is one 32-bit lane: one float, or a pair of
-// bf16 for vdpbf16ps. Packed A step: 8 lanes. Packed B step: 48 lanes.
+// gemm.h's register tile on AVX-512: C (8, 48) in 24 registers. A depth step is one 32-bit lane: one float, or a pair
+// of bf16 for vdpbf16ps. Packed A step: 8 lanes. Packed B step: 48 lanes.
 #include <immintrin.h>
 
 #include <cstdint>
@@ -7,7 +7,8 @@
 #include "gemm.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16"))), \
+                             apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
 #endif
@@ -51,8 +52,8 @@ struct Bf16 {
     return _mm512_maskz_loadu_epi16(tail32(depth) & keep, row);
   }
   static void load_columns(const uint16_t* w, int64_t ldw, int64_t columns, int64_t depth, __m512i lanes[kVectors]) {
-    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
-                                         37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                         5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
     const __mmask32 even = depth > 0 ? ~0u : 0, odd = depth > 1 ? ~0u : 0;
     const __m512i e0 = _mm512_maskz_loadu_epi16(even & tail32(columns), w);
@@ -74,8 +75,8 @@ struct Bf16 {
 };
 
 template <class T>
-void pack_rows(const void* a, int64_t lda, int64_t rows, int64_t depth, const unsigned char* bits,
-               int64_t stride_bytes, void* packed) {
+void pack_rows(const void* a, int64_t lda, int64_t rows, int64_t depth, const unsigned char* bits, int64_t stride_bytes,
+               void* packed) {
   const auto* source = static_cast<const typename T::Element*>(a);
   auto* out = static_cast<int32_t*>(packed);
   const int64_t lanes = (depth + T::kDepth - 1) / T::kDepth;
@@ -193,8 +194,20 @@ constexpr int64_t kPieceSteps = 32;
 
 template <class T>
 constexpr GemmKernel make(uint32_t id) {
-  return {id, kMR, kNR, T::kDepth, sizeof(typename T::Element), 1, kPieceSteps, pack_rows<T>, pack_panels<T>, block<T>,
-          add_selected, store<T>, nothing, nothing};
+  return {id,
+          kMR,
+          kNR,
+          T::kDepth,
+          sizeof(typename T::Element),
+          1,
+          kPieceSteps,
+          pack_rows<T>,
+          pack_panels<T>,
+          block<T>,
+          add_selected,
+          store<T>,
+          nothing,
+          nothing};
 }
 
 constexpr GemmKernel kF32 = make<F32>(2), kBf16 = make<Bf16>(3);

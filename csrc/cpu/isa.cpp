@@ -120,7 +120,8 @@ int choose(const std::string& name, const char* source) {
     if (is_available(table[i]) && (name.empty() || name == table[i].name)) best = static_cast<int>(i);
   }
   if (best < 0) {
-    throw std::runtime_error(std::string(source) + " must be one of " + joined(available_isas()) + " here, got " + name);
+    throw std::runtime_error(std::string(source) + " must be one of " + joined(available_isas()) + " here, got " +
+                             name);
   }
   return best;
 }

@@ -1,4 +1,5 @@
-// lora_linear on CPU: lorasp::lora_linear_fwd_cpp and lorasp::lora_linear_bwd_cpp (schemas in lorasp/ops/lora_linear.py).
+// lora_linear on CPU: lorasp::lora_linear_fwd_cpp and lorasp::lora_linear_bwd_cpp (schemas in
+// lorasp/ops/lora_linear.py).
 //     xa = s (D o x) A^T            y  = x W^T + bias + xa B^T
 //     g  = s dy B                   dx = D o (g A) + dy W        dB = dy^T xa        dA = g^T (D o x)
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -67,7 +68,10 @@ Tall tall(const Tensor& t) { return {t.data_ptr(), t.size(0) == 1 ? t.size(1) : 
 // A rank-R factor in the compute dtype, contiguous: as it is, or a rounded copy of fp32 masters.
 class Rounded {
  public:
-  Rounded(const Tensor& t, const Tensor& like) : held_(t.scalar_type() == like.scalar_type() ? t.contiguous() : t.to(like.scalar_type(), false, false, at::MemoryFormat::Contiguous)) {}
+  Rounded(const Tensor& t, const Tensor& like)
+      : held_(t.scalar_type() == like.scalar_type()
+                  ? t.contiguous()
+                  : t.to(like.scalar_type(), false, false, at::MemoryFormat::Contiguous)) {}
   const void* data() const { return held_.const_data_ptr(); }
 
  private:
@@ -88,7 +92,8 @@ struct Dropout {
     if (t == 0) return;
     TORCH_CHECK_VALUE(seed.has_value(), "lora_linear: seed must be a 0-d int64 tensor when dropout_p > 0, got None");
     check("seed", *seed, {}, at::kLong);
-    mask = KeepMask{static_cast<uint64_t>(*seed->const_data_ptr<int64_t>()), kPurpose, static_cast<uint32_t>(member), t};
+    mask =
+        KeepMask{static_cast<uint64_t>(*seed->const_data_ptr<int64_t>()), kPurpose, static_cast<uint32_t>(member), t};
     rescale = 65536.0 / (65536.0 - t);
   }
   const KeepMask* keep() const { return mask ? &*mask : nullptr; }
@@ -185,8 +190,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward_cpu(
   if (need_dx) dx = frozen_backward(dy, weight);
   if (need_g || need_dB)
     dy_pass(p, tall(dy), need_dB ? xa.const_data_ptr() : nullptr, g_scale, g, gradient(dlora_B, need_dB, kept_B));
-  if (need_g)
-    dx_pass(p, x_rows, g, need_dx ? tall(dx) : Tall{nullptr, 0}, gradient(dlora_A, need_dA, kept_A));
+  if (need_g) dx_pass(p, x_rows, g, need_dx ? tall(dx) : Tall{nullptr, 0}, gradient(dlora_A, need_dA, kept_A));
   return {dx, dlora_A, dlora_B};
 }
 

@@ -34,7 +34,8 @@ void forward_pass(const LowRank& p, Tall x, Tall y, float scale, void* xa);
 // g (M, R) = round(scale * dy B) unless g is nullptr, dB (N, R) = dy^T xa unless dB.data is nullptr: one pass over dy.
 void dy_pass(const LowRank& p, Tall dy, const void* xa, float scale, void* g, Gradient dB);
 
-// dx += keep o (g A) unless dx.data is nullptr, dA (R, K) = g^T (keep o x) unless dA.data is nullptr: one mask for both.
+// dx += keep o (g A) unless dx.data is nullptr, dA (R, K) = g^T (keep o x) unless dA.data is nullptr: one mask for
+// both.
 void dx_pass(const LowRank& p, Tall x, const void* g, Tall dx, Gradient dA);
 
 }  // namespace lorasp

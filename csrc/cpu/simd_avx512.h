@@ -5,7 +5,7 @@ namespace lorasp::LORASP_ISA {
 namespace {
 
 constexpr int kWidth = 16;
-constexpr int kDotRows = 4, kDotRanks = 4;      // 16 accumulators, 8 registers of x, 2 of w
+constexpr int kDotRows = 4, kDotRanks = 4;        // 16 accumulators, 8 registers of x, 2 of w
 constexpr int kPanelRows = 8, kPanelVectors = 2;  // 16 accumulators of one whole panel
 
 using vf = __m512;

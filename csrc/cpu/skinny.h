@@ -16,9 +16,9 @@ struct f16 {
 };
 enum class DType { kF32, kBF16, kF16 };
 
-constexpr int64_t kBlockM = 64;    // 64 x 2048 halves are 256 KiB: a block stays in L2 while two kernels read it
+constexpr int64_t kBlockM = 64;  // 64 x 2048 halves are 256 KiB: a block stays in L2 while two kernels read it
 constexpr int64_t kChunk = 2048;
-constexpr int64_t kPanel = 32;     // columns in one panel of a packed factor or accumulator
+constexpr int64_t kPanel = 32;  // columns in one panel of a packed factor or accumulator
 constexpr int64_t kMaskWords = kChunk / 32;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -71,13 +71,23 @@ struct Kernels {
 };
 
 // One table per compute dtype, in the order of DType.
-namespace portable { extern const Kernels kKernels[3]; }
+namespace portable {
+extern const Kernels kKernels[3];
+}
 #if defined(__x86_64__)
-namespace avx2 { extern const Kernels kKernels[3]; }
-namespace avx512 { extern const Kernels kKernels[3]; }
-namespace avx512_bf16 { extern const Kernels kKernels[3]; }
+namespace avx2 {
+extern const Kernels kKernels[3];
+}
+namespace avx512 {
+extern const Kernels kKernels[3];
+}
+namespace avx512_bf16 {
+extern const Kernels kKernels[3];
+}
 #if defined(__linux__)
-namespace amx { extern const Kernels kKernels[3]; }
+namespace amx {
+extern const Kernels kKernels[3];
+}
 #endif
 #endif
 

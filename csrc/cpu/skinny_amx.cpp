@@ -13,22 +13,20 @@
 // Nothing from another header may be instantiated below: a shared inline function compiled for this target could be
 // linked into code that runs on any CPU.
 #if defined(__clang__)
-#pragma clang attribute push( \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c"))), \
+                             apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c")
 #endif
 #define LORASP_ISA amx
 #define LORASP_AVX512
 #define LORASP_AVX512_BF16
-#include "simd_avx512.h"
-
 #include "amx_tiles.h"
+#include "dot_bf16.h"
 #include "keep_bits.h"
+#include "simd_avx512.h"
 #include "skinny_impl.h"
 #include "transpose16.h"
-
-#include "dot_bf16.h"
 
 namespace lorasp::amx {
 namespace {
@@ -170,8 +168,8 @@ struct Tiled {
         for (int64_t odd = 0; odd < 2; ++odd) {
           __m512i rows[16];
           const int64_t ranks = R - 2 * q;
-          load_transposed(panel + odd * w.stride_c + 2 * q, 2 * w.stride_c, ranks > 0 ? (count - odd + 1) / 2 : 0, ranks,
-                          rows);
+          load_transposed(panel + odd * w.stride_c + 2 * q, 2 * w.stride_c, ranks > 0 ? (count - odd + 1) / 2 : 0,
+                          ranks, rows);
           for (int64_t i = 0; i < least(kTile, pairs - q); ++i) {
             _mm512_storeu_si512(out + (q + i) * kPanel + odd * kTile, rows[i]);
           }
@@ -246,20 +244,30 @@ struct Tiled {
     tiles_store<NI, 2>(acc, rank_rows * kPanel, kPanel * 4);
   }
 
-  // Row pair q of `panels` panels from column c, interleaved, zeros outside x.
-  static void stage_pair(const Block& x, int64_t q, int64_t c, int64_t panels, uint32_t* out) {
-    const bf16* row = static_cast<const bf16*>(x.data) + 2 * q * x.ld + c;
-    const uint32_t* bits = x.bits != nullptr ? x.bits + 2 * q * kMaskWords + c / 32 : nullptr;
-    const bool whole = 2 * q + 1 < x.rows && c + panels * kPanel <= x.cols;
-    for (int64_t p = 0; p < panels; ++p, row += kPanel, out += kBlockM / 2 * kPanel) {
-      const uint32_t valid = low_bits(x.cols - c - p * kPanel);
-      const uint32_t keep_low = (bits != nullptr ? bits[p] : ~0u) & (2 * q < x.rows ? valid : 0);
-      const uint32_t keep_high = 2 * q + 1 < x.rows ? (bits != nullptr ? bits[kMaskWords + p] : ~0u) & valid : 0;
-      const bool plain = whole && bits == nullptr;
-      const __m512i low = plain ? Paired::load(row) : Paired::load(row, keep_low);
-      const __m512i high = plain ? Paired::load(row + x.ld) : Paired::load(row + x.ld, keep_high);
-      _mm512_storeu_si512(out, _mm512_unpacklo_epi16(low, high));
-      _mm512_storeu_si512(out + kTile, _mm512_unpackhi_epi16(low, high));
+  // Row pairs of `panels` panels from column c, interleaved, zeros outside x: (panels, row pairs, kPanel).
+  template <bool kMasked>
+  static void stage_whole(const Block& x, int64_t c, int64_t panels, uint32_t* staged) {
+    const bf16* row = static_cast<const bf16*>(x.data) + c;
+    const uint32_t* bits = x.bits + (kMasked ? c / 32 : 0);
+    for (int64_t q = 0; q < kBlockM / 2; ++q, row += 2 * x.ld, bits += kMasked ? 2 * kMaskWords : 0) {
+      for (int64_t p = 0; p < panels; ++p) {
+        const bf16* at = row + p * kPanel;
+        const __m512i low = kMasked ? Paired::load(at, bits[p]) : Paired::load(at);
+        const __m512i high = kMasked ? Paired::load(at + x.ld, bits[kMaskWords + p]) : Paired::load(at + x.ld);
+        Paired::interleave(low, high, staged + p * kBlockM / 2 * kPanel + q * kPanel);
+      }
+    }
+  }
+
+  static void stage_ragged(const Block& x, int64_t c, int64_t panels, uint32_t* staged) {
+    for (int64_t p = 0; p < panels; ++p, staged += kBlockM / 2 * kPanel) {
+      for (int64_t q = 0; q < ceil_div(x.rows, 32) * kTile; ++q) {
+        if (2 * q < x.rows) {
+          Paired::stage(x, 2 * q, c + p * kPanel, staged + q * kPanel);
+        } else {
+          std::memset(staged + q * kPanel, 0, 4 * kPanel);
+        }
+      }
     }
   }
 
@@ -273,11 +281,13 @@ struct Tiled {
       uint32_t* out = columns + m / 32 * ranks * kTile + m % 32 / 2;
       for (int64_t r = 0; r < R; ++r) out[r * kTile] = Paired::pair(data[r], m + 1 < x.rows ? data[R + r] : bf16{0});
     }
-    alignas(64) uint32_t staged[kOuterPanels * kBlockM / 2 * kPanel];  // (panels, row pairs, kPanel)
+    alignas(64) uint32_t staged[kOuterPanels * kBlockM / 2 * kPanel];
+    const auto stage_block = x.bits != nullptr ? stage_whole<true> : stage_whole<false>;
     tiles_configure(rank_rows, kTile);
     for (int64_t c = 0; c < x.cols; c += kOuterPanels * kPanel) {
       const int64_t panels = least(kOuterPanels, ceil_div(x.cols - c, kPanel));
-      for (int64_t q = 0; q < steps * kTile; ++q) stage_pair(x, q, c, panels, staged + q * kPanel);
+      const bool whole = x.rows == kBlockM && c + panels * kPanel <= x.cols;
+      (whole ? stage_block : stage_ragged)(x, c, panels, staged);
       for (int64_t p = 0; p < panels; ++p, acc += ranks * kPanel) {
         const uint32_t* panel = staged + p * kBlockM / 2 * kPanel;
         int64_t t = 0;

@@ -86,7 +86,8 @@ void pack_rowdot(const Factor& w, int64_t cols, int64_t R, void* packed) {
     for (int64_t c = 0; c < cols; c += Dot::kStep, out += Dot::kStep) {
       const int64_t count = least(Dot::kStep, cols - c);
       if (w.stride_c == 1) {
-        Dot::store_weight(out, count == Dot::kStep ? Dot::load(row + c) : Dot::load_tail(row + c, count, low_bits(count)));
+        Dot::store_weight(out,
+                          count == Dot::kStep ? Dot::load(row + c) : Dot::load_tail(row + c, count, low_bits(count)));
         continue;
       }
       T column[Dot::kStep] = {};
@@ -184,11 +185,13 @@ inline void panel_product(const typename Dot::Lane* l, int64_t stride_i, int64_t
   for (int64_t q = 0; q < Q; ++q) {
     vf lanes[kPanelVectors];
 #pragma GCC unroll 2
-    for (int v = 0; v < kPanelVectors; ++v) lanes[v] = vload(reinterpret_cast<const float*>(p + q * kPanel) + v * kWidth);
+    for (int v = 0; v < kPanelVectors; ++v)
+      lanes[v] = vload(reinterpret_cast<const float*>(p + q * kPanel) + v * kWidth);
 #pragma GCC unroll 8
     for (int i = 0; i < MI; ++i) {
 #pragma GCC unroll 2
-      for (int v = 0; v < kPanelVectors; ++v) acc[i][v] = Dot::madd(acc[i][v], lanes[v], l[i * stride_i + q * stride_q]);
+      for (int v = 0; v < kPanelVectors; ++v)
+        acc[i][v] = Dot::madd(acc[i][v], lanes[v], l[i * stride_i + q * stride_q]);
     }
   }
 }
@@ -337,9 +340,9 @@ void round(const float* in, float scale, int64_t count, void* out) {
 
 template <class Dot>
 constexpr Kernels make_kernels() {
-  return {rowdot_bytes<Dot>, update_bytes<Dot>, scratch_bytes<Dot>,          pack_rowdot<Dot>, pack_update<Dot>,
-          rowdot<Dot>,       update<Dot>,       outer<Dot>, round<typename Dot::X>, keep_bits,        nullptr,
-          Dot::kPanelOrder};
+  return {rowdot_bytes<Dot>, update_bytes<Dot>, scratch_bytes<Dot>, pack_rowdot<Dot>,       pack_update<Dot>,
+          rowdot<Dot>,       update<Dot>,       outer<Dot>,         round<typename Dot::X>, keep_bits,
+          nullptr,           Dot::kPanelOrder};
 }
 
 }  // namespace
