@@ -1,4 +1,4 @@
-"""lora_linear in C++: every instruction set this machine runs, every plan, against the reference by the tolerance rule."""
+"""lora_linear in C++: every instruction set this machine runs, every plan, against the reference by the rule."""
 
 import itertools
 from dataclasses import replace
