@@ -44,10 +44,6 @@ struct Paired {
   static void pack_panel(const bf16 (*rows)[kPanel], Lane* out) {
     for (int j = 0; j < kPanel; ++j) out[j] = pair(rows[0][j], rows[1][j]);
   }
-  static void interleave(__m512i low, __m512i high, Lane* out) {
-    _mm512_storeu_si512(out, _mm512_unpacklo_epi16(low, high));
-    _mm512_storeu_si512(out + 16, _mm512_unpackhi_epi16(low, high));
-  }
   static void stage(const Block& x, int64_t m, int64_t c, Lane* out) {
     const auto* row = static_cast<const bf16*>(x.data) + m * x.ld + c;
     const uint32_t valid = low_bits(x.cols - c);
@@ -55,7 +51,8 @@ struct Paired {
     const __m512i low = load(row, x.bits ? bits[0] & valid : valid);
     const uint32_t second = m + 1 >= x.rows ? 0 : x.bits ? bits[kMaskWords] & valid : valid;
     const __m512i high = load(row + x.ld, second);
-    interleave(low, high, out);
+    _mm512_storeu_si512(out, _mm512_unpacklo_epi16(low, high));
+    _mm512_storeu_si512(out + 16, _mm512_unpackhi_epi16(low, high));
   }
 };
 

@@ -21,12 +21,14 @@
 #define LORASP_ISA amx
 #define LORASP_AVX512
 #define LORASP_AVX512_BF16
-#include "amx_tiles.h"
-#include "dot_bf16.h"
-#include "keep_bits.h"
 #include "simd_avx512.h"
+
+#include "amx_tiles.h"
+#include "keep_bits.h"
 #include "skinny_impl.h"
 #include "transpose16.h"
+
+#include "dot_bf16.h"
 
 namespace lorasp::amx {
 namespace {
@@ -244,30 +246,20 @@ struct Tiled {
     tiles_store<NI, 2>(acc, rank_rows * kPanel, kPanel * 4);
   }
 
-  // Row pairs of `panels` panels from column c, interleaved, zeros outside x: (panels, row pairs, kPanel).
-  template <bool kMasked>
-  static void stage_whole(const Block& x, int64_t c, int64_t panels, uint32_t* staged) {
-    const bf16* row = static_cast<const bf16*>(x.data) + c;
-    const uint32_t* bits = x.bits + (kMasked ? c / 32 : 0);
-    for (int64_t q = 0; q < kBlockM / 2; ++q, row += 2 * x.ld, bits += kMasked ? 2 * kMaskWords : 0) {
-      for (int64_t p = 0; p < panels; ++p) {
-        const bf16* at = row + p * kPanel;
-        const __m512i low = kMasked ? Paired::load(at, bits[p]) : Paired::load(at);
-        const __m512i high = kMasked ? Paired::load(at + x.ld, bits[kMaskWords + p]) : Paired::load(at + x.ld);
-        Paired::interleave(low, high, staged + p * kBlockM / 2 * kPanel + q * kPanel);
-      }
-    }
-  }
-
-  static void stage_ragged(const Block& x, int64_t c, int64_t panels, uint32_t* staged) {
-    for (int64_t p = 0; p < panels; ++p, staged += kBlockM / 2 * kPanel) {
-      for (int64_t q = 0; q < ceil_div(x.rows, 32) * kTile; ++q) {
-        if (2 * q < x.rows) {
-          Paired::stage(x, 2 * q, c + p * kPanel, staged + q * kPanel);
-        } else {
-          std::memset(staged + q * kPanel, 0, 4 * kPanel);
-        }
-      }
+  // Row pair q of `panels` panels from column c, interleaved, zeros outside x.
+  static void stage_pair(const Block& x, int64_t q, int64_t c, int64_t panels, uint32_t* out) {
+    const bf16* row = static_cast<const bf16*>(x.data) + 2 * q * x.ld + c;
+    const uint32_t* bits = x.bits != nullptr ? x.bits + 2 * q * kMaskWords + c / 32 : nullptr;
+    const bool whole = 2 * q + 1 < x.rows && c + panels * kPanel <= x.cols;
+    for (int64_t p = 0; p < panels; ++p, row += kPanel, out += kBlockM / 2 * kPanel) {
+      const uint32_t valid = low_bits(x.cols - c - p * kPanel);
+      const uint32_t keep_low = (bits != nullptr ? bits[p] : ~0u) & (2 * q < x.rows ? valid : 0);
+      const uint32_t keep_high = 2 * q + 1 < x.rows ? (bits != nullptr ? bits[kMaskWords + p] : ~0u) & valid : 0;
+      const bool plain = whole && bits == nullptr;
+      const __m512i low = plain ? Paired::load(row) : Paired::load(row, keep_low);
+      const __m512i high = plain ? Paired::load(row + x.ld) : Paired::load(row + x.ld, keep_high);
+      _mm512_storeu_si512(out, _mm512_unpacklo_epi16(low, high));
+      _mm512_storeu_si512(out + kTile, _mm512_unpackhi_epi16(low, high));
     }
   }
 
@@ -281,13 +273,11 @@ struct Tiled {
       uint32_t* out = columns + m / 32 * ranks * kTile + m % 32 / 2;
       for (int64_t r = 0; r < R; ++r) out[r * kTile] = Paired::pair(data[r], m + 1 < x.rows ? data[R + r] : bf16{0});
     }
-    alignas(64) uint32_t staged[kOuterPanels * kBlockM / 2 * kPanel];
-    const auto stage_block = x.bits != nullptr ? stage_whole<true> : stage_whole<false>;
+    alignas(64) uint32_t staged[kOuterPanels * kBlockM / 2 * kPanel];  // (panels, row pairs, kPanel)
     tiles_configure(rank_rows, kTile);
     for (int64_t c = 0; c < x.cols; c += kOuterPanels * kPanel) {
       const int64_t panels = least(kOuterPanels, ceil_div(x.cols - c, kPanel));
-      const bool whole = x.rows == kBlockM && c + panels * kPanel <= x.cols;
-      (whole ? stage_block : stage_ragged)(x, c, panels, staged);
+      for (int64_t q = 0; q < steps * kTile; ++q) stage_pair(x, q, c, panels, staged + q * kPanel);
       for (int64_t p = 0; p < panels; ++p, acc += ranks * kPanel) {
         const uint32_t* panel = staged + p * kBlockM / 2 * kPanel;
         int64_t t = 0;

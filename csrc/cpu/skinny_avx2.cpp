@@ -14,8 +14,9 @@
 #endif
 #define LORASP_ISA avx2
 #define LORASP_AVX2
-#include "keep_bits.h"
 #include "simd_avx2.h"
+
+#include "keep_bits.h"
 #include "skinny_impl.h"
 
 namespace lorasp::avx2 {

@@ -20,10 +20,11 @@
 #define LORASP_ISA avx512_bf16
 #define LORASP_AVX512
 #define LORASP_AVX512_BF16
-#include "dot_bf16.h"
-#include "keep_bits.h"
 #include "simd_avx512.h"
+
+#include "keep_bits.h"
 #include "skinny_impl.h"
+#include "dot_bf16.h"
 
 namespace lorasp::avx512_bf16 {
 const Kernels kKernels[3] = {make_kernels<Wide<float>>(), make_kernels<Paired>(), make_kernels<Wide<f16>>()};

@@ -1,7 +1,14 @@
-// The skinny products in terms of vector lanes. Included once per instruction set, after its simd_*.h, keep_bits.h and
-// (with LORASP_AVX512_BF16) dot_bf16.h. A Dot says how elements are loaded, paired and multiplied:
-//   kPair elements along the reduced dimension share one 32-bit lane; products are summed in fp32.
+// The skinny products in terms of vector lanes. Included once per instruction set. A Dot says how elements are loaded,
+// paired and multiplied: kPair elements along the reduced dimension share one 32-bit lane; products are summed in fp32.
 #pragma once
+#include "keep_bits.h"
+#if defined(LORASP_AVX512)
+#include "simd_avx512.h"
+#elif defined(LORASP_AVX2)
+#include "simd_avx2.h"
+#else
+#include "simd_portable.h"
+#endif
 
 namespace lorasp::LORASP_ISA {
 namespace {

@@ -3,8 +3,9 @@
 #include "skinny.h"
 
 #define LORASP_ISA portable
-#include "keep_bits.h"
 #include "simd_portable.h"
+
+#include "keep_bits.h"
 #include "skinny_impl.h"
 
 namespace lorasp::portable {
