@@ -108,10 +108,11 @@ const GemmKernel* fused_kernel(DType dtype) {
   return nullptr;
 }
 
-bool fused_wins(DType dtype, int64_t M, bool packed) {
+bool fused_wins(DType dtype, int64_t M, bool packed, bool second_pass) {
   if (fused_kernel(dtype) == nullptr) return false;
-  // AMX: the libraries leave half of the tile unit idle. Elsewhere they run at the chip's limit, except on few rows.
-  if (dtype == DType::kBF16) return active_isa() == Isa::kAmx || M <= (packed ? 64 : 16);
+  if (dtype == DType::kBF16 && active_isa() == Isa::kAmx) return packed || M <= 256 || !second_pass;
+  // Elsewhere the libraries run at the chip's limit, except on few rows.
+  if (dtype == DType::kBF16) return M <= (packed ? 64 : 16);
   return packed && M <= 64;
 }
 

@@ -25,8 +25,9 @@ struct Fused {
 // The register tile for `dtype` in the active instruction set; nullptr where there is none.
 const GemmKernel* fused_kernel(DType dtype);
 
-// Whether plan `auto` takes this plan: where it was measured to be the faster one.
-bool fused_wins(DType dtype, int64_t M, bool packed);
+// Whether plan `auto` takes this plan: where it was measured to be the faster one. second_pass: plan `addmm` would
+// share its own pass with work that is there anyway (the mask of x or dx, the gradient of A).
+bool fused_wins(DType dtype, int64_t M, bool packed, bool second_pass);
 
 // y = x weight^T + bias + xa B^T with xa (M, R) = round(scale * (keep o x) A^T), which is written too.
 at::Tensor fused_forward(const Fused& f, const at::Tensor& x, const at::Tensor& weight,

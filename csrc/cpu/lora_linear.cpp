@@ -51,10 +51,10 @@ void check(const char* name, const Tensor& t, at::IntArrayRef shape, at::ScalarT
 }
 
 // The tile of plan `fused` if that is the plan of this call, nullptr for plan `addmm`.
-const GemmKernel* plan_kernel(std::string_view plan, DType dtype, int64_t M, bool packed) {
+const GemmKernel* plan_kernel(std::string_view plan, DType dtype, int64_t M, bool packed, bool second_pass) {
   TORCH_CHECK_VALUE(plan == "auto" || plan == "addmm" || plan == "fused",
                     "lora_linear: plan must be auto, addmm or fused for backend cpp, got ", plan);
-  if (plan == "addmm" || (plan == "auto" && !fused_wins(dtype, M, packed))) return nullptr;
+  if (plan == "addmm" || (plan == "auto" && !fused_wins(dtype, M, packed, second_pass))) return nullptr;
   const GemmKernel* kernel = fused_kernel(dtype);
   TORCH_CHECK_VALUE(kernel, "lora_linear: plan fused has no kernel for this dtype on this CPU (instruction set ",
                     active_isa_name(), "); use auto or addmm");
@@ -118,7 +118,7 @@ std::tuple<Tensor, Tensor> lora_linear_forward_cpu(const Tensor& x_, const Tenso
   const Dropout dropout(dropout_p, seed, member);
 
   const Tensor x = unit_columns(x_);
-  const GemmKernel* fused = plan_kernel(plan, dtype, M, packed.has_value());
+  const GemmKernel* fused = plan_kernel(plan, dtype, M, packed.has_value(), dropout.keep() != nullptr);
   Tensor xa = at::empty({M, R}, x.options());
   if (M == 0) return {at::empty({M, N}, x.options()), xa};
   const Rounded a(lora_A, x), b(lora_B, x);
@@ -180,7 +180,8 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward_cpu(
   void* g = need_g ? frame.take<char>(M * R * dy.element_size()) : nullptr;
   const float g_scale = static_cast<float>(scale * dropout.rescale);
   const Tall x_rows = need_dA ? tall(x) : Tall{nullptr, 0};
-  const GemmKernel* fused = need_dx ? plan_kernel(plan, dtype, M, packed.has_value()) : nullptr;
+  const GemmKernel* fused =
+      need_dx ? plan_kernel(plan, dtype, M, packed.has_value(), dropout.keep() || need_dA) : nullptr;
   if (fused) {
     dx = fused_backward({fused, packed, a.data(), b.data(), R, g_scale, p.keep}, dy, weight, g);
     if (need_dB) dy_pass(p, tall(dy), xa.const_data_ptr(), g_scale, nullptr, gradient(dlora_B, need_dB, kept_B));
