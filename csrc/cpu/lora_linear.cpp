@@ -51,10 +51,14 @@ void check(const char* name, const Tensor& t, at::IntArrayRef shape, at::ScalarT
 }
 
 // The tile of plan `fused` if that is the plan of this call, nullptr for plan `addmm`.
-const GemmKernel* plan_kernel(std::string_view plan, DType dtype, int64_t M, bool packed, bool second_pass) {
+const GemmKernel* plan_kernel(std::string_view plan, DType dtype, int64_t M, bool packed, bool second_pass,
+                              int64_t weight_elements) {
   TORCH_CHECK_VALUE(plan == "auto" || plan == "addmm" || plan == "fused",
                     "lora_linear: plan must be auto, addmm or fused for backend cpp, got ", plan);
-  if (plan == "addmm" || (plan == "auto" && !fused_wins(dtype, M, packed, second_pass))) return nullptr;
+  // Few rows of a weight that no cache holds: packing it on the way would double its traffic.
+  const bool streams_weight = !packed && M < 64 && weight_elements > (int64_t{2} << 20);
+  if (plan == "addmm" || (plan == "auto" && (streams_weight || !fused_wins(dtype, M, packed, second_pass))))
+    return nullptr;
   const GemmKernel* kernel = fused_kernel(dtype);
   TORCH_CHECK_VALUE(kernel, "lora_linear: plan fused has no kernel for this dtype on this CPU (instruction set ",
                     active_isa_name(), "); use auto or addmm");
@@ -118,7 +122,7 @@ std::tuple<Tensor, Tensor> lora_linear_forward_cpu(const Tensor& x_, const Tenso
   const Dropout dropout(dropout_p, seed, member);
 
   const Tensor x = unit_columns(x_);
-  const GemmKernel* fused = plan_kernel(plan, dtype, M, packed.has_value(), dropout.keep() != nullptr);
+  const GemmKernel* fused = plan_kernel(plan, dtype, M, packed.has_value(), dropout.keep() != nullptr, N * K);
   Tensor xa = at::empty({M, R}, x.options());
   if (M == 0) return {at::empty({M, N}, x.options()), xa};
   const Rounded a(lora_A, x), b(lora_B, x);
@@ -181,7 +185,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward_cpu(
   const float g_scale = static_cast<float>(scale * dropout.rescale);
   const Tall x_rows = need_dA ? tall(x) : Tall{nullptr, 0};
   const GemmKernel* fused =
-      need_dx ? plan_kernel(plan, dtype, M, packed.has_value(), dropout.keep() || need_dA) : nullptr;
+      need_dx ? plan_kernel(plan, dtype, M, packed.has_value(), dropout.keep() || need_dA, N * K) : nullptr;
   if (fused) {
     dx = fused_backward({fused, packed, a.data(), b.data(), R, g_scale, p.keep}, dy, weight, g);
     if (need_dB) dy_pass(p, tall(dy), xa.const_data_ptr(), g_scale, nullptr, gradient(dlora_B, need_dB, kept_B));
