@@ -9,7 +9,7 @@ import shutil
 import sys
 from glob import glob
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 
 def extensions():
@@ -44,7 +44,7 @@ def extensions():
 
 ext_modules, cmdclass = extensions()
 setup(
-    packages=["lorasp", "lorasp.bench", "lorasp.demo", "lorasp.ops", "lorasp.reference", "lorasp.triton_kernels"],
+    packages=[*find_packages(include=["lorasp", "lorasp.*"]), "lorasp.triton_kernels"],
     package_dir={"lorasp.triton_kernels": "triton_kernels"},
     package_data={"lorasp.triton_kernels": ["configs/*.json"]},
     ext_modules=ext_modules,

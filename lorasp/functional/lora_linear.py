@@ -1,4 +1,4 @@
-"""Public functions: validate, choose a backend, call the operator."""
+"""lora_linear and pack_weight: validate, choose a backend, call the operator."""
 
 import math
 from typing import NamedTuple
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lorasp import rng
+from lorasp.functional.arguments import autocast_dtype, check_tensor, seed_tensor
 from lorasp.ops import registry
 from lorasp.ops.lora_linear import LoRALinearFunction
 
@@ -31,44 +32,6 @@ def pack_weight(weight: Tensor) -> PackedWeight:
         raise ValueError(f"pack_weight: {reason}")
     pack = torch.ops.lorasp.pack_weight_cpp
     return PackedWeight(pack(weight.detach(), False), pack(weight.detach(), True))
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast would have torch.nn.functional.linear compute in; None where it leaves x alone."""
-    device_type = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device_type):
-        return None
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
-
-
-def _check_tensor(name: str, tensor: Tensor, shape: tuple, wanted: str, dtypes: tuple, device: torch.device) -> None:
-    """shape: sizes, -1 where any size >= 1 will do; wanted: the shape in words, a template for sizes()."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"lora_linear: {name} must be a Tensor, got {type(tensor).__name__}")
-    sizes = tensor.shape
-    if len(sizes) != len(shape) or 0 in sizes or (sizes[0] != shape[0] >= 0) or sizes[-1] != shape[-1]:
-        raise ValueError(f"lora_linear: {name} must be {wanted.format(*shape)}, got {tuple(sizes)}")
-    if tensor.dtype not in dtypes:
-        raise TypeError(f"lora_linear: {name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
-    if tensor.device != device:
-        raise ValueError(f"lora_linear: {name} must be on {device} like x, got {tensor.device}")
-
-
-def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
-    if seed is None:
-        return rng.draw_seed(device)
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.ndim != 0 or seed.device != device:
-            raise ValueError(
-                f"lora_linear: seed must be an int or a 0-d int64 tensor on {device}, "
-                f"got {seed.dtype} {tuple(seed.shape)} on {seed.device}"
-            )
-        return seed
-    if not isinstance(seed, int | torch.SymInt) or isinstance(seed, bool):
-        raise TypeError(f"lora_linear: seed must be an int or a 0-d int64 tensor, got {type(seed).__name__}")
-    if not -(2**63) <= seed < 2**63:
-        raise ValueError(f"lora_linear: seed must be in [-2^63, 2^63), got {seed}")
-    return torch.full((), seed, dtype=torch.int64, device=device)
 
 
 def lora_linear(
@@ -111,22 +74,22 @@ def lora_linear(
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"lora_linear: x must be (..., K) with K >= 1, got {tuple(x.shape)}")
     device, dtype, k = x.device, x.dtype, x.shape[-1]
-    autocast = _autocast_dtype(x)
+    autocast = autocast_dtype(x)
     if autocast is None:
         inputs, low_rank = (dtype,), (dtype, torch.float32) if dtype in _HALVES else (dtype,)
     else:
         dtype, inputs, low_rank = autocast, _DTYPES[1:], _DTYPES[1:]
-    _check_tensor("weight", weight, (-1, k), "(N, {1})", inputs, device)
+    check_tensor("lora_linear", "weight", weight, (-1, k), "(N, {1})", inputs, device)
     n = weight.shape[0]
-    _check_tensor("lora_A", lora_A, (-1, k), "(R, {1}) with R >= 1", low_rank, device)
+    check_tensor("lora_linear", "lora_A", lora_A, (-1, k), "(R, {1}) with R >= 1", low_rank, device)
     r = lora_A.shape[0]
-    _check_tensor("lora_B", lora_B, (n, r), "({0}, {1})", low_rank, device)
+    check_tensor("lora_linear", "lora_B", lora_B, (n, r), "({0}, {1})", low_rank, device)
     if bias is not None:
-        _check_tensor("bias", bias, (n,), "({0},)", inputs, device)
+        check_tensor("lora_linear", "bias", bias, (n,), "({0},)", inputs, device)
     if mask_A is not None:
-        _check_tensor("mask_A", mask_A, (r, k), "({0}, {1})", (torch.bool,), device)
+        check_tensor("lora_linear", "mask_A", mask_A, (r, k), "({0}, {1})", (torch.bool,), device)
     if mask_B is not None:
-        _check_tensor("mask_B", mask_B, (n, r), "({0}, {1})", (torch.bool,), device)
+        check_tensor("lora_linear", "mask_B", mask_B, (n, r), "({0}, {1})", (torch.bool,), device)
     if not isinstance(scale, int | float) or not -math.inf < scale < math.inf:
         raise ValueError(f"lora_linear: scale must be a finite number, got {scale!r}")
     dropping = False
@@ -140,7 +103,7 @@ def lora_linear(
         raise ValueError(f"lora_linear: plan must be one of {', '.join(registry.PLANS)}, got {plan!r}")
     return LoRALinearFunction.apply(
         x, weight, bias, _factor(lora_A, dtype), _factor(lora_B, dtype), mask_A, mask_B,
-        _seed_tensor(seed, device) if dropping else None, *(packed or (None, None)), float(scale),
+        seed_tensor("lora_linear", seed, device) if dropping else None, *(packed or (None, None)), float(scale),
         float(dropout_p) if dropping else 0.0, 0, dtype, registry.choose("lora_linear", device.type, dtype),
         registry.choose_plan(plan),
     )  # fmt: skip

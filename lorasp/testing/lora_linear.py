@@ -1,11 +1,5 @@
-"""Public: inputs, the tolerance rule and check(): what our tests, benchmarks and users' CI call.
+"""lora_linear: its inputs, its cases, and one case against the fp64 reference."""
 
-The rule, everywhere: against an fp64 reference,
-    max|out - ref64| <= 2 * max|ref_dtype - ref64| + 2 * eps(dtype) * max|ref64|
-where dtype is the compute dtype (x's) and ref_dtype the plain PyTorch computation in it. Non-finite output fails.
-"""
-
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -14,25 +8,10 @@ from torch import Tensor
 
 from lorasp.functional import lora_linear
 from lorasp.ops import registry
+from lorasp.testing.rule import CheckResult, bound, error
 
+SHAPE = ("M", "K", "N", "R")
 DEFAULT_SHAPES = ((63, 129, 65, 8), (1, 64, 64, 16), (128, 256, 192, 16), (129, 63, 1, 3))
-
-
-@dataclass(frozen=True)
-class CheckResult:
-    """One tensor of one case: error and bound are absolute, in the tensor's own units."""
-
-    op: str
-    backend: str
-    plan: str
-    case: str
-    tensor: str
-    error: float
-    bound: float
-
-    @property
-    def ok(self) -> bool:
-        return self.error <= self.bound
 
 
 @dataclass(frozen=True)
@@ -60,31 +39,6 @@ class Case:
         words += [name for name in switches if getattr(self, name)]
         words += [f"p={self.dropout_p:g}"] * (self.dropout_p > 0) + ["no dx"] * (not self.need_dx)
         return " ".join(words)
-
-
-def bound(reference: Tensor, reference64: Tensor, dtype: torch.dtype) -> float:
-    """The tolerance rule's right-hand side."""
-    if reference64.numel() == 0:
-        return 0.0
-    own_error = (reference.double() - reference64).abs().max().item()
-    return 2 * own_error + 2 * torch.finfo(dtype).eps * reference64.abs().max().item()
-
-
-def error(actual: Tensor, reference64: Tensor) -> float:
-    """max|actual - reference64|; infinite if the shapes differ or anything is not finite."""
-    if actual.shape != reference64.shape:
-        return math.inf
-    if actual.numel() == 0:
-        return 0.0
-    actual = actual.double()
-    return (actual - reference64).abs().max().item() if actual.isfinite().all() else math.inf
-
-
-def assert_close(actual: Tensor, reference: Tensor, reference64: Tensor, dtype: torch.dtype, what: str = "") -> None:
-    """Raise AssertionError unless `actual` meets the tolerance rule."""
-    have, allowed = error(actual, reference64), bound(reference, reference64, dtype)
-    if not have <= allowed:
-        raise AssertionError(f"{what}: error {have:.3e} exceeds {allowed:.3e} (shape {tuple(actual.shape)})")
 
 
 def make_inputs(
@@ -194,41 +148,3 @@ def plan_obstacle(backend: str, plan: str, dtype: torch.dtype, device: str | tor
     except ValueError as error:
         return str(error)
     return None
-
-
-def check(
-    op: str = "lora_linear",
-    backend: str = "auto",
-    shapes: Iterable[tuple[int, int, int, int]] | None = None,
-    dtypes: Iterable[torch.dtype] | None = None,
-    device: str | torch.device | None = None,
-    plans: Iterable[str] | None = None,
-) -> list[CheckResult]:
-    """Compare `backend` with the fp64 reference on this machine: outputs and every gradient, by the tolerance rule.
-
-    shapes: (M, K, N, R) each, default a few odd and even ones; dtypes: default all the backend takes; device: default
-    cuda where it is available; plans: default all of the backend's that this machine has for the dtype. Returns every
-    comparison; all(r.ok for r in ...) is the verdict. Raises ValueError for an unknown op, an unavailable backend or a
-    plan that it lacks.
-    """
-    if op != "lora_linear":
-        raise ValueError(f"check: op must be lora_linear, got {op!r}")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    shapes = tuple(shapes or DEFAULT_SHAPES)
-    if dtypes is None:
-        known = (torch.float32, torch.bfloat16, torch.float16)
-        dtypes = [d for d in known if backend == "auto" or registry.unsupported(backend, device.type, d) is None]
-        if not dtypes:
-            raise ValueError(f"check: {registry.unsupported(backend, device.type, torch.float32)}")
-    results = []
-    for dtype in dtypes:
-        chosen = plans
-        if chosen is None:
-            obstacles = {plan: plan_obstacle(backend, plan, dtype, device) for plan in backend_plans(backend)}
-            chosen = [plan for plan, obstacle in obstacles.items() if obstacle is None]
-            if not chosen:
-                raise ValueError(f"check: {'; '.join(obstacles.values())}")
-        for plan in chosen:
-            for case in cases(shapes, [dtype]):
-                results += check_case(case, backend, plan, device)
-    return results

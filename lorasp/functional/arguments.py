@@ -1,0 +1,46 @@
+"""What every public function checks in the same way: tensors, seeds, autocast."""
+
+import torch
+from torch import Tensor
+
+from lorasp import rng
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast would have torch.nn.functional.linear compute in; None where it leaves x alone."""
+    device_type = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
+def check_tensor(
+    where: str, name: str, tensor: Tensor, shape: tuple, wanted: str, dtypes: tuple, device: torch.device
+) -> None:
+    """where: the public function; shape: sizes, -1 where any size >= 1 will do; wanted: the shape in words, a template."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{where}: {name} must be a Tensor, got {type(tensor).__name__}")
+    sizes = tensor.shape
+    if len(sizes) != len(shape) or 0 in sizes or (sizes[0] != shape[0] >= 0) or sizes[-1] != shape[-1]:
+        raise ValueError(f"{where}: {name} must be {wanted.format(*shape)}, got {tuple(sizes)}")
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{where}: {name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{where}: {name} must be on {device} like x, got {tensor.device}")
+
+
+def seed_tensor(where: str, seed: int | Tensor | None, device: torch.device) -> Tensor:
+    if seed is None:
+        return rng.draw_seed(device)
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.ndim != 0 or seed.device != device:
+            raise ValueError(
+                f"{where}: seed must be an int or a 0-d int64 tensor on {device}, "
+                f"got {seed.dtype} {tuple(seed.shape)} on {seed.device}"
+            )
+        return seed
+    if not isinstance(seed, int | torch.SymInt) or isinstance(seed, bool):
+        raise TypeError(f"{where}: seed must be an int or a 0-d int64 tensor, got {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"{where}: seed must be in [-2^63, 2^63), got {seed}")
+    return torch.full((), seed, dtype=torch.int64, device=device)
