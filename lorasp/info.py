@@ -164,7 +164,11 @@ def _cpp_plan_lines() -> list[str]:
         return []
     rows = {}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        plans = (p for p in testing.backend_plans("cpp") if testing.plan_obstacle("cpp", p, dtype) is None)
+        plans = (
+            p
+            for p in testing.lora_linear.backend_plans("cpp")
+            if testing.lora_linear.plan_obstacle("cpp", p, dtype) is None
+        )
         rows[str(dtype).removeprefix("torch.")] = f"{', '.join(plans)}; auto chooses by shape"
     return _lines("plans of the cpp backend", rows)
 

@@ -17,7 +17,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 def check_tensor(
     where: str, name: str, tensor: Tensor, shape: tuple, wanted: str, dtypes: tuple, device: torch.device
 ) -> None:
-    """where: the public function; shape: sizes, -1 where any size >= 1 will do; wanted: the shape in words, a template."""
+    """where: the public function; shape: -1 for any size >= 1; wanted: the shape in words, a template."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{where}: {name} must be a Tensor, got {type(tensor).__name__}")
     sizes = tensor.shape
