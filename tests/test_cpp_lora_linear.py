@@ -39,7 +39,7 @@ def threads():
 
 
 def plans(dtype):
-    return [plan for plan in ("addmm", "fused") if testing.plan_obstacle("cpp", plan, dtype) is None]
+    return [plan for plan in ("addmm", "fused") if testing.lora_linear.plan_obstacle("cpp", plan, dtype) is None]
 
 
 def assert_meets_the_rule(case):
@@ -95,7 +95,7 @@ def test_what_is_asked_for(isa, scratch, dtype, p, switches):
 def run(case, threads=None, **arguments):
     inputs = make_inputs(case.M, case.K, case.N, case.R, case.dtype, bias=case.bias, masks=case.masks)
     with lorasp.use_backend("cpp"):
-        return testing.run_lora_linear(inputs, case, lambda **rest: lora_linear(**rest, **arguments))
+        return testing.lora_linear.run(inputs, case, lambda **rest: lora_linear(**rest, **arguments))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -127,7 +127,7 @@ def test_strided_inputs(isa, dtype, transposed):
         views["weight"] = inputs["weight"].t().contiguous().t()
     for plan in plans(dtype):
         with lorasp.use_backend("cpp", plan):
-            expected, actual = testing.run_lora_linear(inputs, case), testing.run_lora_linear(views, case)
+            expected, actual = testing.lora_linear.run(inputs, case), testing.lora_linear.run(views, case)
         for name in expected:
             testing.assert_close(actual[name], expected[name], expected[name].double(), dtype, f"{plan} {name}")
 

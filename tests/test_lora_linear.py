@@ -78,8 +78,8 @@ def test_meets_the_tolerance_rule(dtype, masters, p):
 def test_the_rule_notices_a_missing_low_rank_term():
     inputs = make_inputs(64, 256, 256, 8, torch.bfloat16)
     inputs64 = {name: t.double() if t is not None else None for name, t in inputs.items()}
-    reference64 = testing.run_lora_linear(inputs64, Case(64, 256, 256, 8, torch.float64))["y"]
-    reference = testing.run_lora_linear(inputs, Case(64, 256, 256, 8))["y"]
+    reference64 = testing.lora_linear.run(inputs64, Case(64, 256, 256, 8, torch.float64))["y"]
+    reference = testing.lora_linear.run(inputs, Case(64, 256, 256, 8))["y"]
     frozen_only = linear(inputs["x"], inputs["weight"], inputs["bias"])
     with pytest.raises(AssertionError, match="exceeds"):
         testing.assert_close(frozen_only, reference, reference64, torch.bfloat16)
@@ -89,7 +89,7 @@ def test_the_rule_notices_a_missing_low_rank_term():
 @pytest.mark.parametrize("dtype", HALVES)
 def test_gradients_have_the_leaves_dtypes_and_shapes(dtype, masters):
     case = Case(9, 33, 17, 3, dtype, masters=masters)
-    results = testing.run_lora_linear(make_inputs(9, 33, 17, 3, dtype, masters=masters), case)
+    results = testing.lora_linear.run(make_inputs(9, 33, 17, 3, dtype, masters=masters), case)
     low_rank = torch.float32 if masters else dtype
     assert {name: (tuple(t.shape), t.dtype) for name, t in results.items()} == {
         "y": ((9, 17), dtype),
@@ -102,7 +102,7 @@ def test_gradients_have_the_leaves_dtypes_and_shapes(dtype, masters):
 def test_masked_entries_get_exactly_zero_even_where_the_gradient_is_nan():
     inputs = make_inputs(8, 16, 12, 4, torch.float32, masks=True)
     inputs["x"][0] = math.nan
-    results = testing.run_lora_linear(inputs, Case(8, 16, 12, 4, masks=True))
+    results = testing.lora_linear.run(inputs, Case(8, 16, 12, 4, masks=True))
     assert (results["dlora_A"][~inputs["mask_A"]] == 0).all()
     assert (results["dlora_B"][~inputs["mask_B"]] == 0).all()
     assert results["dlora_A"][inputs["mask_A"]].isnan().any()
@@ -113,7 +113,7 @@ def test_a_dropped_nan_does_not_leak_into_the_low_rank_path():
     row, column = (~keep).nonzero()[0].tolist()
     inputs = make_inputs(4, 16, 8, 2, torch.float32, zero_weight=True)
     inputs["x"][row, column] = math.inf
-    results = testing.run_lora_linear(inputs, Case(4, 16, 8, 2, dropout_p=0.5))
+    results = testing.lora_linear.run(inputs, Case(4, 16, 8, 2, dropout_p=0.5))
     assert results["dlora_A"].isfinite().all()
     assert results["dlora_B"].isfinite().all()
 
@@ -122,12 +122,12 @@ def test_a_dropped_nan_does_not_leak_into_the_low_rank_path():
 def test_non_contiguous_inputs(dtype):
     inputs = make_inputs(24, 32, 20, 5, dtype)
     case = Case(24, 32, 20, 5, dtype)
-    expected = testing.run_lora_linear(inputs, case)
+    expected = testing.lora_linear.run(inputs, case)
     strided = {
         name: t if t is None else (t.t().contiguous().t() if t.ndim == 2 else torch.stack([t, t], -1)[:, 0])
         for name, t in inputs.items()
     }
-    for name, have in testing.run_lora_linear(strided, case).items():
+    for name, have in testing.lora_linear.run(strided, case).items():
         testing.assert_close(have, expected[name], expected[name].double(), dtype, name)
 
 
@@ -157,7 +157,7 @@ def test_same_seed_same_bits_and_manual_seed_reproduces():
 def test_bitwise_repeatable():
     inputs = make_inputs(300, 200, 100, 16, torch.bfloat16)
     case = Case(300, 200, 100, 16, torch.bfloat16, dropout_p=0.1)
-    first, second = (testing.run_lora_linear(inputs, case) for _ in range(2))
+    first, second = (testing.lora_linear.run(inputs, case) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -220,9 +220,9 @@ def test_inductor_gives_the_same_function(p):
     torch._dynamo.reset()
     inputs = make_inputs(16, 32, 24, 4, torch.float32)
     case = Case(16, 32, 24, 4, dropout_p=p)
-    expected = testing.run_lora_linear(inputs, case)
+    expected = testing.lora_linear.run(inputs, case)
     compiled = torch.compile(lora_linear, fullgraph=True, dynamic=False)
-    for name, have in testing.run_lora_linear(inputs, case, compiled).items():
+    for name, have in testing.lora_linear.run(inputs, case, compiled).items():
         testing.assert_close(have, expected[name], expected[name].double(), torch.float32, name)
 
 

@@ -32,7 +32,7 @@ def default_providers(device: torch.device, freeze_A: bool = False, prepack: boo
     """What is worth comparing on this device; freeze_A leaves only adapters with a frozen A, prepack adds +prepack."""
     adapters = ["peft", "peft-half", "peft-half-compile", "lorasp"]
     if device.type == "cuda":
-        adapters += [f"lorasp:triton:{plan}" for plan in testing.backend_plans("triton")]
+        adapters += [f"lorasp:triton:{plan}" for plan in testing.lora_linear.backend_plans("triton")]
     adapters += ["lorasp+prepack"] * prepack
     trained = [Provider.parse(name) for name in adapters]
     frozen = [dataclasses.replace(provider, freeze_A=True) for provider in trained]
@@ -108,7 +108,7 @@ def _build_lorasp(provider: Provider, workload: Workload) -> Candidate:
     device, dtype = workload.x.device.type, workload.x.dtype
     if provider.backend != "auto":
         reason = registry.unsupported(provider.backend, device, dtype)
-        if reason is None and provider.plan not in ("auto", *testing.backend_plans(provider.backend)):
+        if reason is None and provider.plan not in ("auto", *testing.lora_linear.backend_plans(provider.backend)):
             reason = f"{provider.backend} has no plan {provider.plan}"
         if reason is not None:
             raise Unavailable(reason)

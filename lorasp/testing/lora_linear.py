@@ -78,7 +78,7 @@ def make_inputs(
     return inputs
 
 
-def run_lora_linear(inputs: dict, case: Case, function: Callable = lora_linear) -> dict[str, Tensor]:
+def run(inputs: dict, case: Case, function: Callable = lora_linear) -> dict[str, Tensor]:
     """y and the gradients of one case: {"y", "dx", "dlora_A", "dlora_B"}, without what is frozen."""
     leaves = {
         "x": case.need_dx,
@@ -107,10 +107,10 @@ def check_case(case: Case, backend: str, plan: str, device: str | torch.device =
         for name, tensor in inputs.items()
     }
     with registry.use_backend("reference"):
-        reference64 = run_lora_linear(inputs64, replace(case, dtype=torch.float64))
-        reference = run_lora_linear(inputs, case)
+        reference64 = run(inputs64, replace(case, dtype=torch.float64))
+        reference = run(inputs, case)
     with registry.use_backend(backend, plan):
-        actual = run_lora_linear(inputs, case)
+        actual = run(inputs, case)
     return [
         CheckResult(
             "lora_linear", backend, plan, str(case), name, error(actual[name], reference64[name]),
