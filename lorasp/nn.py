@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lorasp.adapter import Adapter
 from lorasp.config import LoRAConfig, check_adapter
 from lorasp.functional import PackedWeight, lora_linear, pack_weight
 
@@ -20,51 +21,28 @@ def is_conv1d(module: nn.Module) -> bool:
     return library is not None and isinstance(module, library.Conv1D)
 
 
-class Adapter(nn.Module):
-    """lora_A (r, in), lora_B (out, r) and the numbers that go with them; a frozen lora_A is a buffer."""
+class Operands(NamedTuple):
+    """What one call of a layer computes with, as the operators take it; the fields of a selection are None without one.
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        r: int,
-        lora_alpha: float,
-        lora_dropout: float,
-        freeze_A: bool,
-        use_rslora: bool,
-        init_lora_weights: bool | str,
-        device: torch.device,
-        dtype: torch.dtype,
-    ):
-        super().__init__()
-        self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, lora_dropout
-        self.freeze_A, self.use_rslora, self.init_lora_weights = freeze_A, use_rslora, init_lora_weights
-        self.scale = lora_alpha / (math.sqrt(r) if use_rslora else r)
-        lora_A = torch.empty((r, in_features), device=device, dtype=dtype)
-        if freeze_A:
-            self.register_buffer("lora_A", lora_A)
-        else:
-            self.lora_A = nn.Parameter(lora_A)
-        self.lora_B = nn.Parameter(torch.empty((out_features, r), device=device, dtype=dtype))
-        self.reset_parameters()
+    weight (N, K), transposed back where it is stored (K, N); dropout_p: as in force now; frozen_A and all after it: the
+    fields of the same name of lora_linear_group.
+    """
 
-    def reset_parameters(self) -> None:
-        """Draw lora_A, and lora_B or zeros, as init_lora_weights says."""
-        with torch.no_grad():
-            if self.init_lora_weights == "gaussian":
-                self.lora_A.normal_(std=1 / self.r)
-            else:
-                nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-            if self.init_lora_weights:
-                self.lora_B.zero_()
-            else:
-                nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
-
-    def extra_repr(self) -> str:
-        words = [f"r={self.r}", f"lora_alpha={self.lora_alpha}", f"dtype={self.lora_B.dtype}"]
-        words += [f"lora_dropout={self.lora_dropout}"] * (self.lora_dropout > 0)
-        return ", ".join(words + ["freeze_A=True"] * self.freeze_A + ["use_rslora=True"] * self.use_rslora)
+    weight: Tensor
+    bias: Tensor | None
+    lora_A: Tensor
+    lora_B: Tensor
+    scale: float
+    dropout_p: float
+    packed: PackedWeight | None = None
+    frozen_A: Tensor | None = None
+    frozen_B: Tensor | None = None
+    columns: Tensor | None = None
+    rows: Tensor | None = None
+    entries_A: Tensor | None = None
+    entries_B: Tensor | None = None
+    mask_A: Tensor | None = None
+    mask_B: Tensor | None = None
 
 
 class _Packed(NamedTuple):
@@ -186,17 +164,22 @@ class LoRALinear(nn.Module):
         return self.adapters[self.active_adapter].scale
 
     def forward(self, x: Tensor) -> Tensor:
+        o = self._operands()
+        return lora_linear(
+            x, o.weight, o.lora_A, o.lora_B, o.bias, scale=o.scale, dropout_p=o.dropout_p, packed=o.packed
+        )
+
+    def _operands(self) -> Operands:
         adapter = self.adapters[self.active_adapter]
         weight = self.weight.t() if self.fan_in_fan_out else self.weight
-        return lora_linear(
-            x,
+        return Operands(
             weight,
+            self.bias,
             adapter.lora_A,
             adapter.lora_B,
-            self.bias,
-            scale=adapter.scale,
-            dropout_p=adapter.lora_dropout if self.training else 0.0,
-            packed=self._current_pack(weight) if self.prepack and not torch.compiler.is_compiling() else None,
+            adapter.scale,
+            adapter.lora_dropout if self.training else 0.0,
+            self._current_pack(weight) if self.prepack and not torch.compiler.is_compiling() else None,
         )
 
     def _current_pack(self, weight: Tensor) -> PackedWeight:
