@@ -2,7 +2,7 @@
 
 from lorasp.checkpoint import load_adapter, save_adapter
 from lorasp.config import LoRAConfig
-from lorasp.functional import PackedWeight, lora_linear, pack_weight
+from lorasp.functional import PackedWeight, Partial, lora_linear, lora_linear_group, pack_weight
 from lorasp.inject import InjectReport, inject
 from lorasp.nn import LoRALinear
 from lorasp.ops.registry import available_backends, use_backend
@@ -14,10 +14,12 @@ __all__ = [
     "LoRAConfig",
     "LoRALinear",
     "PackedWeight",
+    "Partial",
     "available_backends",
     "inject",
     "load_adapter",
     "lora_linear",
+    "lora_linear_group",
     "pack_weight",
     "save_adapter",
     "use_backend",

@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed")
 
 import triton
+
 from lorasp.triton_kernels import launch
 from lorasp.triton_kernels.compile_cases import ARCHITECTURES, compile_cases
 

@@ -14,12 +14,12 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 import triton
-from lorasp.triton_kernels import lora_linear as kernels
-from lorasp.triton_kernels import tuning
 
 from lorasp import rng
 from lorasp.ops import lora_linear as ops
 from lorasp.testing import Case, assert_close, check_case, make_inputs
+from lorasp.triton_kernels import lora_linear as kernels
+from lorasp.triton_kernels import tuning
 
 TESTS = Path(__file__).parent
 PLANS = ("addmm", "fused", "onepass")

@@ -5,6 +5,9 @@ from torch import Tensor
 
 from lorasp import rng
 
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_HALVES = (torch.bfloat16, torch.float16)
+
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast would have torch.nn.functional.linear compute in; None where it leaves x alone."""
@@ -14,6 +17,31 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
+def compute_dtypes(where: str, x: Tensor, autocast: torch.dtype | None) -> tuple[torch.dtype, tuple, tuple]:
+    """(compute dtype, dtypes weight and bias may have, dtypes the low-rank factors may have)."""
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"{where}: x must be {', '.join(map(str, _DTYPES))}, got {x.dtype}")
+    if autocast is not None:
+        return autocast, _DTYPES[1:], _DTYPES[1:]
+    return x.dtype, (x.dtype,), (x.dtype, torch.float32) if x.dtype in _HALVES else (x.dtype,)
+
+
+def check_dropout(where: str, dropout_p: float) -> bool:
+    """Whether dropout_p drops anything."""
+    if dropout_p == 0.0:
+        return False
+    if not isinstance(dropout_p, int | float) or not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"{where}: dropout_p must be in [0, 1), got {dropout_p!r}")
+    if rng.threshold(dropout_p) == 65536:
+        raise ValueError(f"{where}: dropout_p must be below 1 - 2^-17 (16-bit masks), got {dropout_p!r}")
+    return rng.threshold(dropout_p) > 0
+
+
+def factor(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A low-rank factor as the kernels take it: the compute dtype or fp32; other halves (autocast) are converted."""
+    return tensor if tensor.dtype in (dtype, torch.float32) else tensor.to(dtype)
+
+
 def check_tensor(
     where: str, name: str, tensor: Tensor, shape: tuple, wanted: str, dtypes: tuple, device: torch.device
 ) -> None:
@@ -21,7 +49,7 @@ def check_tensor(
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{where}: {name} must be a Tensor, got {type(tensor).__name__}")
     sizes = tensor.shape
-    if len(sizes) != len(shape) or 0 in sizes or (sizes[0] != shape[0] >= 0) or sizes[-1] != shape[-1]:
+    if len(sizes) != len(shape) or 0 in sizes or (sizes[0] != shape[0] >= 0) or (sizes[-1] != shape[-1] >= 0):
         raise ValueError(f"{where}: {name} must be {wanted.format(*shape)}, got {tuple(sizes)}")
     if tensor.dtype not in dtypes:
         raise TypeError(f"{where}: {name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")

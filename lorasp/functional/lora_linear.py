@@ -6,13 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lorasp import rng
-from lorasp.functional.arguments import autocast_dtype, check_tensor, seed_tensor
+from lorasp.functional.arguments import autocast_dtype, check_dropout, check_tensor, compute_dtypes, factor, seed_tensor
 from lorasp.ops import registry
 from lorasp.ops.lora_linear import LoRALinearFunction
-
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_HALVES = (torch.bfloat16, torch.float16)
 
 
 class PackedWeight(NamedTuple):
@@ -69,16 +65,10 @@ def lora_linear(
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"lora_linear: x must be a Tensor, got {type(x).__name__}")
-    if x.dtype not in _DTYPES:
-        raise TypeError(f"lora_linear: x must be {', '.join(map(str, _DTYPES))}, got {x.dtype}")
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"lora_linear: x must be (..., K) with K >= 1, got {tuple(x.shape)}")
-    device, dtype, k = x.device, x.dtype, x.shape[-1]
-    autocast = autocast_dtype(x)
-    if autocast is None:
-        inputs, low_rank = (dtype,), (dtype, torch.float32) if dtype in _HALVES else (dtype,)
-    else:
-        dtype, inputs, low_rank = autocast, _DTYPES[1:], _DTYPES[1:]
+    dtype, inputs, low_rank = compute_dtypes("lora_linear", x, autocast_dtype(x))
+    device, k = x.device, x.shape[-1]
     check_tensor("lora_linear", "weight", weight, (-1, k), "(N, {1})", inputs, device)
     n = weight.shape[0]
     check_tensor("lora_linear", "lora_A", lora_A, (-1, k), "(R, {1}) with R >= 1", low_rank, device)
@@ -92,23 +82,12 @@ def lora_linear(
         check_tensor("lora_linear", "mask_B", mask_B, (n, r), "({0}, {1})", (torch.bool,), device)
     if not isinstance(scale, int | float) or not -math.inf < scale < math.inf:
         raise ValueError(f"lora_linear: scale must be a finite number, got {scale!r}")
-    dropping = False
-    if dropout_p != 0.0:
-        if not isinstance(dropout_p, int | float) or not 0.0 <= dropout_p < 1.0:
-            raise ValueError(f"lora_linear: dropout_p must be in [0, 1), got {dropout_p!r}")
-        if rng.threshold(dropout_p) == 65536:
-            raise ValueError(f"lora_linear: dropout_p must be below 1 - 2^-17 (16-bit masks), got {dropout_p!r}")
-        dropping = rng.threshold(dropout_p) > 0
+    dropping = check_dropout("lora_linear", dropout_p)
     if plan not in registry.PLANS:
         raise ValueError(f"lora_linear: plan must be one of {', '.join(registry.PLANS)}, got {plan!r}")
     return LoRALinearFunction.apply(
-        x, weight, bias, _factor(lora_A, dtype), _factor(lora_B, dtype), mask_A, mask_B,
+        x, weight, bias, factor(lora_A, dtype), factor(lora_B, dtype), mask_A, mask_B,
         seed_tensor("lora_linear", seed, device) if dropping else None, *(packed or (None, None)), float(scale),
         float(dropout_p) if dropping else 0.0, 0, dtype, registry.choose("lora_linear", device.type, dtype),
         registry.choose_plan(plan),
     )  # fmt: skip
-
-
-def _factor(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """lora_A, lora_B as the kernels take them: the compute dtype or fp32; other halves (autocast) are converted."""
-    return tensor if tensor.dtype in (dtype, torch.float32) else tensor.to(dtype)

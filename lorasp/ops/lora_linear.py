@@ -39,13 +39,13 @@ def _backward_fake(
     )
 
 
-def _autocast_off(device_type: str):
+def autocast_off(device_type: str):
     return torch.autocast(device_type, enabled=False)
 
 
 def _forward_reference(x, weight, bias, lora_A, lora_B, seed, scale, dropout_p, member, plan, packed):
-    _refuse_plan("reference", plan)
-    with _autocast_off(x.device.type):
+    refuse_plan("reference", plan)
+    with autocast_off(x.device.type):
         return reference.forward(x, weight, bias, lora_A, lora_B, seed, scale, dropout_p, member)
 
 
@@ -53,13 +53,13 @@ def _backward_reference(
     dy, x, weight, lora_A, lora_B, xa, seed, mask_A, mask_B, scale, dropout_p, member, need_dx, need_dA, need_dB, plan,
     packed,
 ):  # fmt: skip
-    with _autocast_off(dy.device.type):
+    with autocast_off(dy.device.type):
         return reference.backward(
             dy, x, weight, lora_A, lora_B, xa, seed, mask_A, mask_B, scale, dropout_p, member, need_dx, need_dA, need_dB
         )
 
 
-def _refuse_plan(backend: str, plan: str) -> None:
+def refuse_plan(backend: str, plan: str) -> None:
     if plan != "auto":
         raise ValueError(f"lora_linear: plan must be auto for backend {backend}, got {plan!r}")
 
@@ -67,7 +67,7 @@ def _refuse_plan(backend: str, plan: str) -> None:
 def _forward_triton(x, weight, bias, lora_A, lora_B, seed, scale, dropout_p, member, plan, packed):
     from lorasp.triton_kernels import lora_linear as kernels
 
-    with _autocast_off(x.device.type):
+    with autocast_off(x.device.type):
         return kernels.forward(x, weight, bias, lora_A, lora_B, seed, scale, dropout_p, member, plan)
 
 
@@ -77,7 +77,7 @@ def _backward_triton(
 ):  # fmt: skip
     from lorasp.triton_kernels import lora_linear as kernels
 
-    with _autocast_off(dy.device.type):
+    with autocast_off(dy.device.type):
         return kernels.backward(
             dy, x, weight, lora_A, lora_B, xa, seed, mask_A, mask_B, scale, dropout_p, member, need_dx, need_dA,
             need_dB, plan,
@@ -93,13 +93,13 @@ backward_ops = registry.declare(
 )
 
 
-def _rows(x, dtype):
+def as_rows(x, dtype):
     """x (..., K) as (M, K) in dtype, untouched where it is that already: per-call overhead counts at small M."""
     x = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     return x if x.dtype == dtype else x.to(dtype)
 
 
-def _to(tensor, dtype):
+def cast(tensor, dtype):
     return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
@@ -113,8 +113,8 @@ class LoRALinearFunction(torch.autograd.Function):
     ):  # fmt: skip
         need_x, need_weight, _, need_A, need_B = ctx.needs_input_grad[:5]
         y, xa = forward_ops[backend](
-            _rows(x, dtype), _to(weight, dtype), _to(bias, dtype), lora_A, lora_B, seed, scale, dropout_p, member, plan,
-            packed_forward,
+            as_rows(x, dtype), cast(weight, dtype), cast(bias, dtype), lora_A, lora_B, seed, scale, dropout_p, member,
+            plan, packed_forward,
         )  # fmt: skip
         ctx.save_for_backward(
             x if need_A or need_weight else None,
@@ -143,15 +143,15 @@ def _backward(ctx, dy):
     need_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
     scalars, x_shape, (x_dtype, weight_dtype, bias_dtype), dtype, backend, plan = ctx.constants
     dy = dy if dy.ndim == 2 else dy.reshape(-1, dy.shape[-1])
-    rows = None if x is None else _rows(x, dtype)
+    rows = None if x is None else as_rows(x, dtype)
     dx = dweight = dbias = dlora_A = dlora_B = None
     if need_x or need_A or need_B:
         # The weight is read for dx only; the kernels take K and N from lora_A and dy.
         dx, dlora_A, dlora_B = backward_ops[backend](
-            dy, rows if need_A else None, _to(weight, dtype) if need_x else dy.new_empty((0, 0)), lora_A, lora_B, xa,
+            dy, rows if need_A else None, cast(weight, dtype) if need_x else dy.new_empty((0, 0)), lora_A, lora_B, xa,
             seed, mask_A, mask_B, *scalars, need_x, need_A, need_B, plan, packed,
         )  # fmt: skip
-        dx = (_to(dx, x_dtype) if len(x_shape) == 2 else dx.reshape(x_shape).to(x_dtype)) if need_x else None
+        dx = (cast(dx, x_dtype) if len(x_shape) == 2 else dx.reshape(x_shape).to(x_dtype)) if need_x else None
     if need_weight:
         dweight = (dy.t() @ rows).to(weight_dtype)
     if need_bias:

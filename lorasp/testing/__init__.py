@@ -9,13 +9,13 @@ from collections.abc import Iterable
 import torch
 
 from lorasp.ops import registry
-from lorasp.testing import lora_linear
+from lorasp.testing import lora_linear, lora_linear_group
 from lorasp.testing.lora_linear import Case, check_case, make_inputs
 from lorasp.testing.rule import CheckResult, assert_close, bound, error
 
 __all__ = ["OPERATORS", "Case", "CheckResult", "assert_close", "bound", "check", "check_case", "error", "make_inputs"]
 
-OPERATORS = {"lora_linear": lora_linear}
+OPERATORS = {"lora_linear": lora_linear, "lora_linear_group": lora_linear_group}
 
 
 def check(

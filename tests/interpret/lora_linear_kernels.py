@@ -4,12 +4,12 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from lorasp.triton_kernels import launch, philox, tuning
-from lorasp.triton_kernels import lora_linear as kernels
 
 from lorasp import rng
 from lorasp.reference import lora_linear as reference
 from lorasp.testing import assert_close, make_inputs
+from lorasp.triton_kernels import launch, philox, tuning
+from lorasp.triton_kernels import lora_linear as kernels
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -1,0 +1,206 @@
+"""lora_linear_group: linear layers that read one input, as one operator with one autograd node.
+
+    xa_i = s_i (D_i o x) A_i^T        y_i = x W_i^T + bias_i + xa_i B_i^T
+    g_i  = s_i dy_i B_i               dx  = sum_i (D_i o (g_i A_i) + dy_i W_i)
+    dB_i = dy_i^T xa_i                dA_i = g_i^T (D_i o x)
+
+One pass over x gives every xa_i and x[:, J]; x, or x[:, J] where A_i trains on the features J only, is kept once; dx is
+summed inside the node. A_i, B_i train whole or in part: the parts' layout is that of reference.lora_linear_group.
+Member i's dropout mask takes members[i] as a counter word of the group's one seed. An output without a gradient costs
+nothing in backward. Sources: LoRA arXiv 2106.09685; LoRA-FA arXiv 2308.03303; LoRA-SP arXiv 2403.08822.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lorasp.ops import registry
+from lorasp.ops.lora_linear import as_rows, autocast_off, cast, refuse_plan
+from lorasp.reference import lora_linear_group as reference
+
+FORWARD_SCHEMA = (
+    "(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] lora_As, Tensor[] lora_Bs, Tensor?[] frozen_As, "
+    "Tensor?[] frozen_Bs, Tensor? columns, Tensor?[] rows, Tensor?[] entries_A, Tensor?[] entries_B, Tensor? seed, "
+    "float[] scales, float dropout_p, int[] members, bool keep_columns, str plan, Tensor?[] packed) "
+    "-> (Tensor[] ys, Tensor[] xas, Tensor x_columns)"
+)
+BACKWARD_SCHEMA = (
+    "(Tensor[] dys, Tensor? x, Tensor? x_columns, Tensor[] weights, Tensor[] lora_As, Tensor[] lora_Bs, "
+    "Tensor?[] frozen_As, Tensor?[] frozen_Bs, Tensor? columns, Tensor?[] rows, Tensor?[] entries_A, "
+    "Tensor?[] entries_B, Tensor?[] xas, Tensor? seed, Tensor?[] mask_As, Tensor?[] mask_Bs, float[] scales, "
+    "float dropout_p, int[] members, int in_features, bool need_dx, bool[] need_dA, bool[] need_dB, str plan, "
+    "Tensor?[] packed) -> (Tensor dx, Tensor[] dlora_As, Tensor[] dlora_Bs)"
+)
+
+
+class Members(NamedTuple):
+    """The tensors of G members, field by field, each a sequence of G tensors or Nones."""
+
+    weights: tuple
+    biases: tuple
+    lora_As: tuple
+    lora_Bs: tuple
+    frozen_As: tuple
+    frozen_Bs: tuple
+    rows: tuple
+    entries_A: tuple
+    entries_B: tuple
+    mask_As: tuple
+    mask_Bs: tuple
+    packed_forward: tuple
+    packed_backward: tuple
+
+
+def _rank(lora_A: Tensor, frozen_A: Tensor | None) -> int:
+    return (lora_A if frozen_A is None else frozen_A).shape[0]
+
+
+def _forward_fake(
+    x, weights, biases, lora_As, lora_Bs, frozen_As, frozen_Bs, columns, rows, entries_A, entries_B, seed, scales,
+    dropout_p, members, keep_columns, plan, packed,
+):  # fmt: skip
+    M = x.shape[0]
+    ranks = [_rank(a, frozen) for a, frozen in zip(lora_As, frozen_As, strict=True)]
+    return (
+        [x.new_empty((M, weight.shape[0])) for weight in weights],
+        [x.new_empty((M, rank)) for rank in ranks],
+        x.new_empty((M, columns.shape[0])) if keep_columns else x.new_empty(0),
+    )
+
+
+def _backward_fake(
+    dys, x, x_columns, weights, lora_As, lora_Bs, frozen_As, frozen_Bs, columns, rows, entries_A, entries_B, xas, seed,
+    mask_As, mask_Bs, scales, dropout_p, members, in_features, need_dx, need_dA, need_dB, plan, packed,
+):  # fmt: skip
+    nothing = dys[0].new_empty
+    return (
+        dys[0].new_empty((dys[0].shape[0], in_features)) if need_dx else nothing(0),
+        [a.new_empty(a.shape) if need else nothing(0) for a, need in zip(lora_As, need_dA, strict=True)],
+        [b.new_empty(b.shape) if need else nothing(0) for b, need in zip(lora_Bs, need_dB, strict=True)],
+    )
+
+
+def _forward_reference(x, *arguments):
+    *arguments, plan, _ = arguments
+    refuse_plan("reference", plan)
+    with autocast_off(x.device.type):
+        return reference.forward(x, *arguments)
+
+
+def _backward_reference(dys, *arguments):
+    with autocast_off(dys[0].device.type):
+        return reference.backward(dys, *arguments[:-2])
+
+
+def _forward_triton(x, *arguments):
+    from lorasp.triton_kernels import lora_linear_group as kernels
+
+    with autocast_off(x.device.type):
+        return kernels.forward(x, *arguments[:-1])
+
+
+def _backward_triton(dys, *arguments):
+    from lorasp.triton_kernels import lora_linear_group as kernels
+
+    with autocast_off(dys[0].device.type):
+        return kernels.backward(dys, *arguments[:-1])
+
+
+forward_ops = registry.declare(
+    "lora_linear_group_fwd", FORWARD_SCHEMA, _forward_fake,
+    {"reference": _forward_reference, "triton": _forward_triton},
+)  # fmt: skip
+backward_ops = registry.declare(
+    "lora_linear_group_bwd", BACKWARD_SCHEMA, _backward_fake,
+    {"reference": _backward_reference, "triton": _backward_triton},
+)  # fmt: skip
+
+
+class LoRALinearGroupFunction(torch.autograd.Function):
+    """Forward and backward of lora_linear_group over the raw ops of one backend; second derivatives raise.
+
+    flat: Members, field after field. keep_input: save x itself where only x[:, columns] is needed, because something
+    else keeps x alive anyway.
+    """
+
+    @staticmethod
+    def forward(ctx, x, seed, columns, scales, dropout_p, members, keep_input, dtype, backend, plan, *flat):
+        count = len(scales)
+        m = Members(*(flat[i : i + count] for i in range(0, len(flat), count)))
+        need = Members(*(ctx.needs_input_grad[10 + i : 10 + i + count] for i in range(0, len(flat), count)))
+        need_x, need_A, need_weights = ctx.needs_input_grad[0], any(need.lora_As), any(need.weights)
+        save_x = need_weights or (need_A and (columns is None or keep_input))
+        keep_columns = need_A and not save_x
+        ys, xas, x_columns = forward_ops[backend](
+            as_rows(x, dtype), [cast(w, dtype) for w in m.weights], [cast(b, dtype) for b in m.biases], m.lora_As,
+            m.lora_Bs, m.frozen_As, m.frozen_Bs, columns, m.rows, m.entries_A, m.entries_B, seed, scales, dropout_p,
+            members, keep_columns, plan, m.packed_forward,
+        )  # fmt: skip
+        need_rank = [a or b for a, b in zip(need.lora_As, need.lora_Bs, strict=True)]
+        needed = need_x or any(need_rank)
+        ctx.save_for_backward(
+            x if save_x else None,
+            x_columns if keep_columns else None,
+            seed if need_x or need_A else None,
+            columns if needed else None,
+            *(xa if trains else None for xa, trains in zip(xas, need.lora_Bs, strict=True)),
+            *(weight if need_x else None for weight in m.weights),
+            *(tensor for field in m[2:9] for tensor in (field if needed else (None,) * count)),
+            *(mask if trains else None for mask, trains in zip(m.mask_As, need.lora_As, strict=True)),
+            *(mask if trains else None for mask, trains in zip(m.mask_Bs, need.lora_Bs, strict=True)),
+            *(packed if need_x else None for packed in m.packed_backward),
+        )
+        ctx.set_materialize_grads(False)
+        ctx.constants = (
+            x.shape, x.dtype, tuple(w.dtype for w in m.weights), tuple(b is not None and b.dtype for b in m.biases),
+            scales, dropout_p, members, dtype, backend, plan,
+        )  # fmt: skip
+        return tuple(ys) if x.ndim == 2 else tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys)
+
+    @staticmethod
+    def backward(ctx, *dys):
+        return _backward_once(ctx, *dys) if torch.is_grad_enabled() else _backward(ctx, *dys)
+
+
+def _backward(ctx, *dys):
+    x_shape, x_dtype, weight_dtypes, bias_dtypes, scales, dropout_p, members, dtype, backend, plan = ctx.constants
+    count = len(scales)
+    x, x_columns, seed, columns, *flat = ctx.saved_tensors
+    fields = [flat[i : i + count] for i in range(0, len(flat), count)]
+    needs = ctx.needs_input_grad
+    need = Members(*(needs[10 + i : 10 + i + count] for i in range(0, 13 * count, count)))
+    gradients = {name: [None] * count for name in ("weights", "biases", "lora_As", "lora_Bs")}
+    dx = None
+    used = [i for i in range(count) if dys[i] is not None]
+    dys = [dys[i].reshape(-1, dys[i].shape[-1]) for i in used]
+    need_A, need_B = ([group[i] for i in used] for group in (need.lora_As, need.lora_Bs))
+    rows_x = None if x is None else as_rows(x, dtype)
+    if used and (needs[0] or any(need_A) or any(need_B)):
+        xas, weights, *rest = ([field[i] for i in used] for field in fields)
+        lora_As, lora_Bs, frozen_As, frozen_Bs, rows, entries_A, entries_B, mask_As, mask_Bs, packed = rest
+        if any(need_A) and columns is not None and x_columns is None:
+            x_columns = rows_x.index_select(1, columns)
+        weights = [cast(w, dtype) for w in weights] if needs[0] else [dys[0].new_empty((0, 0))] * len(used)
+        dx, dlora_As, dlora_Bs = backward_ops[backend](
+            dys, rows_x if any(need_A) and columns is None else None, x_columns if any(need_A) else None, weights,
+            lora_As, lora_Bs, frozen_As, frozen_Bs, columns, rows, entries_A, entries_B, xas, seed, mask_As, mask_Bs,
+            [scales[i] for i in used], dropout_p, [members[i] for i in used], x_shape[-1], needs[0], need_A, need_B,
+            plan, packed,
+        )  # fmt: skip
+        dx = dx.reshape(x_shape).to(x_dtype) if needs[0] else None
+        for position, i in enumerate(used):
+            gradients["lora_As"][i] = dlora_As[position] if need_A[position] else None
+            gradients["lora_Bs"][i] = dlora_Bs[position] if need_B[position] else None
+    for dy, i in zip(dys, used, strict=True):
+        if need.weights[i]:
+            gradients["weights"][i] = (dy.t() @ rows_x).to(weight_dtypes[i])
+        if need.biases[i]:
+            gradients["biases"][i] = dy.sum(0).to(bias_dtypes[i])
+    tensors = (gradient for field in gradients.values() for gradient in field)
+    return dx, *(None,) * 9, *tensors, *(None,) * (9 * count)
+
+
+# With grad mode on (create_graph=True) the result must refuse to be differentiated again.
+_backward_once = once_differentiable(_backward)
