@@ -2,7 +2,7 @@
 
 from lorasp.checkpoint import load_adapter, save_adapter
 from lorasp.config import LoRAConfig
-from lorasp.functional import PackedWeight, Partial, lora_linear, lora_linear_group, pack_weight
+from lorasp.functional import PackedWeight, Partial, dropkey_attention, lora_linear, lora_linear_group, pack_weight
 from lorasp.inject import InjectReport, inject
 from lorasp.nn import LoRALinear
 from lorasp.ops.registry import available_backends, use_backend
@@ -16,6 +16,7 @@ __all__ = [
     "PackedWeight",
     "Partial",
     "available_backends",
+    "dropkey_attention",
     "inject",
     "load_adapter",
     "lora_linear",

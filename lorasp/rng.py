@@ -51,6 +51,17 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
     return [c0, c1, c2, c3]
 
 
+def _seed_tensor(seed: int | Tensor) -> tuple[Tensor, torch.device]:
+    if isinstance(seed, Tensor):
+        return seed, seed.device
+    device = torch.device("cpu")
+    return torch.full((), seed, dtype=torch.int64, device=device), device
+
+
+def _key(seed: Tensor) -> tuple[Tensor, Tensor]:
+    return seed & _LO32, (seed >> 32) & _LO32
+
+
 def keep_mask(seed: int | Tensor, shape: tuple[int, ...], p: float, purpose: int, member: int = 0) -> Tensor:
     """Boolean mask of `shape`, True where an element is kept, with P(keep) = 1 - t/65536.
 
@@ -60,16 +71,41 @@ def keep_mask(seed: int | Tensor, shape: tuple[int, ...], p: float, purpose: int
     """
     if not 0.0 <= p < 1.0:
         raise ValueError(f"keep_mask: p must be in [0, 1), got {p}")
-    device = seed.device if isinstance(seed, Tensor) else torch.device("cpu")
-    seed = seed if isinstance(seed, Tensor) else torch.full((), seed, dtype=torch.int64, device=device)
+    seed, device = _seed_tensor(seed)
     count = math.prod(shape)
     block = torch.arange((count + 7) // 8, dtype=torch.int64, device=device)
     words = philox(
         (block & _LO32, block >> 32, torch.full_like(block, purpose), torch.full_like(block, member)),
-        (seed & _LO32, (seed >> 32) & _LO32),
+        _key(seed),
     )
     halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
     return (halves.reshape(-1)[:count] >= threshold(p)).reshape(shape)
+
+
+def span_length(p: float, size: int) -> int:
+    """Length of the dropped run of `size` positions: 0 if p = 0, else min(size - 1, max(1, int(p * size)))."""
+    return 0 if p == 0.0 else max(0, min(size - 1, max(1, int(p * size))))
+
+
+def span_start(seed: int | Tensor, count: int, size: int, p: float, purpose: int) -> Tensor:
+    """First dropped position of `count` independent runs, (count,) int64 in [0, size - span_length(p, size)].
+
+    Run i takes word 0 of philox(counter = (lo32(i), hi32(i), purpose, 0)) modulo the number of places it has.
+    """
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"span_start: p must be in [0, 1), got {p}")
+    seed, device = _seed_tensor(seed)
+    index = torch.arange(count, dtype=torch.int64, device=device)
+    counter = (index & _LO32, index >> 32, torch.full_like(index, purpose), torch.zeros_like(index))
+    return philox(counter, _key(seed))[0] % (size - span_length(p, size) + 1)
+
+
+def span_keep_mask(seed: int | Tensor, shape: tuple[int, ...], p: float, purpose: int) -> Tensor:
+    """Boolean mask of `shape`, False on one contiguous run of each row: row i (flattened) is span_start's run i."""
+    *rows, size = shape
+    start = span_start(seed, math.prod(rows), size, p, purpose).unsqueeze(-1)
+    position = torch.arange(size, dtype=torch.int64, device=start.device)
+    return ((position < start) | (position >= start + span_length(p, size))).reshape(shape)
 
 
 def draw_seed(device: torch.device) -> Tensor:

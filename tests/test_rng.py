@@ -24,9 +24,8 @@ def test_philox_matches_published_vectors(counter, key, expected):
     assert " ".join(f"{word.item():08x}" for word in rng.philox(words(*counter), words(*key))) == expected
 
 
-def scalar_keep(seed, index, p, purpose, member):
-    """One element's decision in plain Python integers."""
-    block = index // 8
+def scalar_philox(seed, block, purpose, member):
+    """One counter's four words in plain Python integers."""
     counter = [block & 0xFFFFFFFF, block >> 32, purpose, member]
     key = [seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF]
     for _ in range(7):
@@ -38,7 +37,12 @@ def scalar_keep(seed, index, p, purpose, member):
             first & 0xFFFFFFFF,
         ]
         key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
-    word = counter[index % 8 // 2]
+    return counter
+
+
+def scalar_keep(seed, index, p, purpose, member):
+    """One element's decision in plain Python integers."""
+    word = scalar_philox(seed, index // 8, purpose, member)[index % 8 // 2]
     return (word >> 16 * (index % 2)) & 0xFFFF >= round(p * 65536)
 
 
@@ -91,3 +95,14 @@ def test_p_outside_unit_interval_raises(p):
 def test_zero_p_keeps_all_and_empty_mask_is_empty():
     assert rng.keep_mask(0, (100,), 0.0, 0).all()
     assert rng.keep_mask(0, (0, 7), 0.5, 0).shape == (0, 7)
+
+
+@pytest.mark.parametrize(
+    ("p", "size", "length"), [(0.0, 9, 0), (0.01, 9, 1), (0.34, 9, 3), (0.99, 9, 8), (0.99, 1, 0), (0.5, 0, 0)]
+)
+def test_span_drops_one_run_of_the_stated_length(p, size, length):
+    mask = rng.span_keep_mask(5, (2, 3, size), p, 1)
+    assert rng.span_length(p, size) == length
+    for row, kept in enumerate(mask.reshape(6, size).tolist()):
+        start = scalar_philox(5, row, 1, 0)[0] % (size - length + 1)
+        assert kept == [not start <= position < start + length for position in range(size)]

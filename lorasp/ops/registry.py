@@ -20,6 +20,8 @@ PLANS = ("auto", "addmm", "fused", "onepass")
 _library = torch.library.Library("lorasp", "FRAGMENT")
 _HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
+_compiled: set[str] = set()  # names of the operators that the built extension implements
+
 # Plain module globals: dynamo guards them, while a ContextVar breaks fullgraph.
 _forced_backend: str | None = None
 _forced_plan: str | None = None
@@ -113,6 +115,8 @@ def choose(operator: str, device_type: str, dtype: torch.dtype) -> str:
             raise ValueError(f"{operator}: the forced backend cannot serve this call: {reason}")
         return _forced_backend
     best = {"cpu": "cpp", "cuda": "triton"}.get(device_type, "reference")
+    if best == "cpp" and f"{operator}_fwd" not in _compiled:
+        return "reference"
     return best if unsupported(best, device_type, dtype) is None else "reference"
 
 
@@ -139,5 +143,7 @@ def declare(name: str, schema: str, fake: Callable, implementations: dict[str, C
         torch.library.register_fake(f"lorasp::{qualified}", fake, lib=_library)
         if backend in implementations:
             _library.impl(qualified, implementations[backend], "CompositeExplicitAutograd")
+        elif backend == "cpp" and torch._C._dispatch_has_kernel_for_dispatch_key(f"lorasp::{qualified}", "CPU"):
+            _compiled.add(name)
         ops[backend] = getattr(torch.ops.lorasp, qualified).default
     return ops

@@ -9,13 +9,17 @@ from collections.abc import Iterable
 import torch
 
 from lorasp.ops import registry
-from lorasp.testing import lora_linear, lora_linear_group
+from lorasp.testing import dropkey_attention, lora_linear, lora_linear_group
 from lorasp.testing.lora_linear import Case, check_case, make_inputs
 from lorasp.testing.rule import CheckResult, assert_close, bound, error
 
 __all__ = ["OPERATORS", "Case", "CheckResult", "assert_close", "bound", "check", "check_case", "error", "make_inputs"]
 
-OPERATORS = {"lora_linear": lora_linear, "lora_linear_group": lora_linear_group}
+OPERATORS = {
+    "lora_linear": lora_linear,
+    "lora_linear_group": lora_linear_group,
+    "dropkey_attention": dropkey_attention,
+}
 
 
 def check(
