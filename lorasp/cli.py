@@ -81,8 +81,15 @@ def parser() -> argparse.ArgumentParser:
     check = commands.add_parser(
         "check", help="compare the backends with the fp64 reference on this machine; exit code 1 if one disagrees"
     )
+    check.add_argument("--op", nargs="+", metavar="NAME", help=f"default: {', '.join(_operators())}")
     check.add_argument("--backend", nargs="+", metavar="NAME", help="reference, cpp, triton, auto (default: all here)")
-    check.add_argument("--shapes", nargs="+", type=_mknr, metavar="M,K,N,R", help="default: a few small ones")
+    check.add_argument(
+        "--shapes",
+        nargs="+",
+        type=_sizes,
+        metavar="M,K,N,R",
+        help="as the operator takes them (default: a few small ones)",
+    )  # fmt: skip
     check.add_argument("--dtype", nargs="+", type=dtype_of, help="fp32, bf16, fp16 (default: all the backend takes)")
     check.add_argument("--device", type=device_of, help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     check.add_argument("--json", action="store_true", help="every comparison as JSON on stdout, nothing else")
@@ -134,11 +141,24 @@ def device_of(text: str) -> torch.device:
     return device
 
 
-def _mknr(text: str) -> tuple[int, int, int, int]:
+def _sizes(text: str) -> tuple[int, ...]:
     parts = text.split(",")
-    if len(parts) != 4 or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise argparse.ArgumentTypeError(f"must be four whole numbers M,K,N,R above 0, got {text!r}")
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"must be whole numbers above 0 with commas between, got {text!r}")
     return tuple(map(int, parts))
+
+
+def _mknr(text: str) -> tuple[int, ...]:
+    sizes = _sizes(text)
+    if len(sizes) != 4:
+        raise argparse.ArgumentTypeError(f"must be four whole numbers M,K,N,R above 0, got {text!r}")
+    return sizes
+
+
+def _operators() -> Sequence[str]:
+    from lorasp.testing import OPERATORS
+
+    return tuple(OPERATORS)
 
 
 def _shape_sets() -> Sequence[str]:
@@ -194,11 +214,12 @@ def _check(options: argparse.Namespace) -> int:
             if reason is None and registry.unsupported(name, device.type, torch.float32) is None
         ]  # fmt: skip
     results = []
-    for backend in backends:
-        try:
-            results += testing.check(backend=backend, shapes=options.shapes, dtypes=options.dtype, device=device)
-        except (ValueError, TypeError) as error:
-            raise UsageError(str(error)) from error
+    for op in _operators_to_check(options):
+        for backend in backends:
+            try:
+                results += testing.check(op, backend, options.shapes, options.dtype, device)
+            except (ValueError, TypeError) as error:
+                raise UsageError(str(error)) from error
     failed = [result for result in results if not result.ok]
     if options.json:
         print(json.dumps([{**asdict(result), "ok": result.ok} for result in results], indent=1))
@@ -207,21 +228,40 @@ def _check(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def _operators_to_check(options: argparse.Namespace) -> Sequence[str]:
+    """The operators asked for; without --op those whose shapes have as many numbers as the ones given."""
+    from lorasp.testing import OPERATORS
+
+    lengths = {len(shape) for shape in options.shapes or ()}
+    fitting = [op for op, module in OPERATORS.items() if lengths <= {len(module.SHAPE)}]
+    for op in options.op or ():
+        if op not in OPERATORS:
+            raise UsageError(f"--op must be among {', '.join(OPERATORS)}, got {op!r}")
+        if op not in fitting:
+            raise UsageError(f"--shapes of {op} must be {','.join(OPERATORS[op].SHAPE)}")
+    if not fitting:
+        forms = " or ".join(dict.fromkeys(",".join(module.SHAPE) for module in OPERATORS.values()))
+        raise UsageError(f"--shapes must be {forms}")
+    return options.op or fitting
+
+
 def _print_check(results: list, failed: list, device: torch.device) -> None:
-    groups: dict[tuple[str, str, str, str], list] = {}
-    for result in results:
-        dtype = result.case.split()[2]
-        groups.setdefault((result.backend, result.plan, dtype, result.tensor), []).append(result)
-    rows = []
-    for key, members in groups.items():
-        worst = max(members, key=lambda r: r.error / r.bound if r.bound else r.error)
-        verdict = "ok" if all(r.ok for r in members) else "FAILED"
-        rows.append([*key, str(len(members)), f"{worst.error:.1e}", f"{worst.bound:.1e}", verdict])
-    columns = ["backend", "plan", "dtype", "tensor", "cases", "worst error", "its bound", ""]
-    console.print_table(f"lora_linear against the fp64 reference on {device}", columns, rows, left=4)
+    for op in dict.fromkeys(result.op for result in results):
+        groups: dict[tuple[str, str, str, str], list] = {}
+        for result in results:
+            if result.op == op:
+                dtype, tensor = result.case.split()[2], result.tensor.rstrip("0123456789")
+                groups.setdefault((result.backend, result.plan, dtype, tensor), []).append(result)
+        rows = []
+        for key, members in groups.items():
+            worst = max(members, key=lambda r: r.error / r.bound if r.bound else r.error)
+            verdict = "ok" if all(r.ok for r in members) else "FAILED"
+            rows.append([*key, str(len(members)), f"{worst.error:.1e}", f"{worst.bound:.1e}", verdict])
+        columns = ["backend", "plan", "dtype", "tensor", "cases", "worst error", "its bound", ""]
+        console.print_table(f"{op} against the fp64 reference on {device}", columns, rows, left=4)
     for result in failed:
         print(
-            f"FAILED {result.backend}:{result.plan} {result.tensor} [{result.case}]: "
+            f"FAILED {result.op} {result.backend}:{result.plan} {result.tensor} [{result.case}]: "
             f"error {result.error:.3e} exceeds {result.bound:.3e}"
         )
     print(f"{len(results) - len(failed)} of {len(results)} comparisons within the bound")

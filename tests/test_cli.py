@@ -72,7 +72,7 @@ def test_the_module_runs():
     assert "{info,demo,bench,check}" in done.stdout
 
 
-CHECK = ["check", "--shapes", "5,24,40,3", "--device", "cpu"]
+CHECK = ["check", "--op", "lora_linear", "--shapes", "5,24,40,3", "--device", "cpu"]
 
 
 def test_check_passes_where_the_backend_is_right(capsys):
@@ -105,8 +105,8 @@ def test_check_catches_a_broken_backend(op, result, tensor, capsys, monkeypatch)
     monkeypatch.setattr(registry, "_cpp_missing", None)
     assert cli.main([*CHECK, "--backend", "cpp", "--dtype", "fp32"]) == 1
     shown = capsys.readouterr().out
-    assert f"FAILED cpp:addmm {tensor} [5x24x40 r3 float32 bias]: error" in shown
-    assert {line.split()[2] for line in shown.splitlines() if line.startswith("FAILED")} == {tensor}
+    assert f"FAILED lora_linear cpp:addmm {tensor} [5x24x40 r3 float32 bias]: error" in shown
+    assert {line.split()[3] for line in shown.splitlines() if line.startswith("FAILED")} == {tensor}
 
 
 def test_check_as_json(capsys):
@@ -120,8 +120,11 @@ def test_check_as_json(capsys):
     ("arguments", "message"),
     [
         ([], "arguments are required"),
-        (["check", "--shapes", "3,4"], "must be four whole numbers M,K,N,R above 0, got '3,4'"),
-        (["check", "--shapes", "3,4,5,0"], "must be four whole numbers M,K,N,R above 0, got '3,4,5,0'"),
+        (["bench", "--mknr", "3,4"], "must be four whole numbers M,K,N,R above 0, got '3,4'"),
+        (["check", "--shapes", "3,4"], "--shapes must be M,K,N,R"),
+        (["check", "--op", "lora_linear", "--shapes", "3"], "--shapes of lora_linear must be M,K,N,R"),
+        (["check", "--op", "lora"], "--op must be among lora_linear, "),
+        (["check", "--shapes", "3,4,5,0"], "must be whole numbers above 0 with commas between, got '3,4,5,0'"),
         (["check", "--dtype", "int8"], "must be fp32, bf16 or fp16, got 'int8'"),
         (["check", "--device", "tpu"], "argument --device"),
         (["check", "--device", "cuda:99"], "cuda:99: torch sees"),
