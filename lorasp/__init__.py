@@ -2,7 +2,17 @@
 
 from lorasp.checkpoint import load_adapter, save_adapter
 from lorasp.config import LoRAConfig
-from lorasp.functional import PackedWeight, Partial, dropkey_attention, lora_linear, lora_linear_group, pack_weight
+from lorasp.functional import (
+    PackedWeight,
+    Partial,
+    consistency_loss,
+    dropkey_attention,
+    hidden_cut,
+    linear_consistency_loss,
+    lora_linear,
+    lora_linear_group,
+    pack_weight,
+)
 from lorasp.inject import InjectReport, inject
 from lorasp.nn import LoRALinear
 from lorasp.ops.registry import available_backends, use_backend
@@ -16,8 +26,11 @@ __all__ = [
     "PackedWeight",
     "Partial",
     "available_backends",
+    "consistency_loss",
     "dropkey_attention",
+    "hidden_cut",
     "inject",
+    "linear_consistency_loss",
     "load_adapter",
     "lora_linear",
     "lora_linear_group",

@@ -1,5 +1,7 @@
 """What every public function checks in the same way: tensors, seeds, autocast."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -55,6 +57,27 @@ def check_tensor(
         raise TypeError(f"{where}: {name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
     if tensor.device != device:
         raise ValueError(f"{where}: {name} must be on {device} like x, got {tensor.device}")
+
+
+def check_like(
+    where: str, name: str, tensor: Tensor, model: str, shape: tuple, dtypes: tuple, device: torch.device
+) -> None:
+    """shape: the one of `model`, whose name the message tells; sizes may be 0."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{where}: {name} must be a Tensor, got {type(tensor).__name__}")
+    if tensor.shape != shape:
+        raise ValueError(f"{where}: {name} must be {tuple(shape)} like {model}, got {tuple(tensor.shape)}")
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{where}: {name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{where}: {name} must be on {device} like {model}, got {tensor.device}")
+
+
+def three_dimensional(x: Tensor) -> Tensor:
+    """x (..., S, F) as (B, S, F): a view for every x of up to three dimensions."""
+    if x.ndim <= 3:
+        return x[(None,) * (3 - x.ndim)]
+    return x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
 
 
 def seed_tensor(where: str, seed: int | Tensor | None, device: torch.device) -> Tensor:
