@@ -19,9 +19,11 @@ _TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
+    torch.int32: "i32",
     torch.int64: "i64",
     torch.uint8: "u8",
 }
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Stated, because Triton warns about its own default, which changes in 3.10.
 _OPTIONS = {"enable_fp_fusion": True}
 _recording: tuple[tuning.Target, list] | None = None
@@ -63,6 +65,27 @@ class CompileCase:
 def target_of(tensor: torch.Tensor) -> tuning.Target:
     """The hardware a launch on this tensor is for."""
     return tuning.target_of_device(tensor.device) if _recording is None else _recording[0]
+
+
+def check_operand(operator: str, name: str, tensor: torch.Tensor) -> None:
+    """Raise ValueError for a dtype or a device that the kernels do not take."""
+    if tensor.dtype not in _DTYPES:
+        raise ValueError(f"{operator}: {name} must be float32, bfloat16 or float16 for triton, got {tensor.dtype}")
+    if tensor.device.type == "cpu" and not INTERPRETED:
+        raise ValueError(f"{operator}: {name} must be on a GPU for triton unless TRITON_INTERPRET=1, got cpu")
+    if INTERPRETED and tensor.dtype == torch.bfloat16:
+        raise ValueError(f"{operator}: {name} must be float32 or float16 under TRITON_INTERPRET=1, got bfloat16")
+
+
+def device_of(tensor: torch.Tensor):
+    """A context with the tensor's device: Triton launches on the current one, not on the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def precision_of(tensor: torch.Tensor) -> str:
+    """input_precision of fp32 products: TF32 only where torch's own matmul may use it."""
+    allowed = tensor.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed else "ieee"
 
 
 def launch(kernel, grid: tuple[int, ...], arguments: dict, num_warps: int, num_stages: int) -> None:

@@ -8,7 +8,6 @@ Plans: addmm (torch's GEMM, then a rank-R product added in place), fused (xa or 
 whose accumulator also takes the rank-R product), onepass (forward only: xa formed inside that GEMM). tuning.py chooses.
 """
 
-import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import tuning
-from .launch import INTERPRETED, launch, target_of
+from .launch import check_operand, device_of, launch, precision_of, target_of
 from .lora_linear_gemm import _lora_linear_gemm_kernel, _lora_linear_onepass_kernel
 from .lora_linear_skinny import (
     _lora_linear_accumulate_kernel,
@@ -28,7 +27,6 @@ from .lora_linear_skinny import (
 )
 from .lora_linear_tma import _lora_linear_gemm_tma_kernel, _lora_linear_onepass_tma_kernel
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ONEPASS_MAX_RANK = 64
 
 
@@ -72,7 +70,7 @@ def forward(
     contiguous and in x's dtype. seed: 0-d int64 on x's device, None without dropout. Raises ValueError for a dtype,
     a device or a plan that these kernels do not take.
     """
-    _check("x", x)
+    check_operand("lora_linear", "x", x)
     (M, K), (N, R) = x.shape, lora_B.shape
     target = target_of(x)
     dropout = _Dropout(seed, round(dropout_p * 65536), member)
@@ -84,7 +82,7 @@ def forward(
 
     x = _with_unit_stride(x)
     lora_A, lora_B = lora_A.to(x.dtype).contiguous(), lora_B.to(x.dtype).contiguous()
-    with _device_of(x):
+    with device_of(x):
         if chosen.name == "onepass":
             return _onepass(x, weight, bias, lora_A, lora_B, scale * dropout.rescale, dropout, chosen.gemm, target)
         xa = _project(x, lora_A, scale * dropout.rescale, dropout, target, rank_first=True)
@@ -107,7 +105,7 @@ def backward(
     dx (M, K) is in dy's dtype, the others in their parameter's, rounded once from fp32; entries where mask_A or mask_B
     is False are 0. Raises ValueError as forward does.
     """
-    _check("dy", dy)
+    check_operand("lora_linear", "dy", dy)
     (M, N), (R, K) = dy.shape, lora_A.shape
     target = target_of(dy)
     dropout = _Dropout(seed, round(dropout_p * 65536), member)
@@ -121,7 +119,7 @@ def backward(
 
     dy = _with_unit_stride(dy)
     A, B = lora_A.to(dy.dtype).contiguous(), lora_B.to(dy.dtype).contiguous()
-    with _device_of(dy):
+    with device_of(dy):
         scale = scale * dropout.rescale
         need_g = need_dx or need_dA
         block_m = tuning.one_pass_config(target, dy.dtype, M, R, aligned=_vectorizes(dy)).block_m
@@ -152,7 +150,7 @@ def _project(p, q, scale, dropout, target, rank_first) -> Tensor:
     partials = h if parts == 1 else p.new_empty((parts, M, R), dtype=torch.float32)
     arguments = {
         "p_ptr": p, "q_ptr": q, "h_ptr": partials, "M": M, "C": C, "split_c": split_c, "stride_pm": p.stride(0),
-        "scale": scale, "R": R, "RANK_FIRST": rank_first, "PRECISION": _precision(p), "BLOCK_M": config.block_m,
+        "scale": scale, "R": R, "RANK_FIRST": rank_first, "PRECISION": precision_of(p), "BLOCK_M": config.block_m,
         "BLOCK_C": config.block_c, "BLOCK_R": config.block_r,
     } | dropout.arguments(C)  # fmt: skip
     grid = (tiles[0], parts, tiles[1])
@@ -172,7 +170,7 @@ def _outer(p, h, dtype, mask, dropout, target, rank_first) -> Tensor:
     arguments = {
         "p_ptr": p, "h_ptr": h, "out_ptr": partials, "mask_ptr": mask if parts == 1 else None, "M": M, "C": C,
         "split_m": split_m, "stride_pm": p.stride(0), "R": R, "RANK_FIRST": rank_first,
-        "HAS_MASK": mask is not None and parts == 1, "PRECISION": _precision(p), "BLOCK_M": config.block_m,
+        "HAS_MASK": mask is not None and parts == 1, "PRECISION": precision_of(p), "BLOCK_M": config.block_m,
         "BLOCK_C": config.block_c, "BLOCK_R": config.block_r,
     } | dropout.arguments(C)  # fmt: skip
     grid = (tiles[0], parts, tiles[1])
@@ -191,7 +189,7 @@ def _project_outer(dy, lora_B, xa, scale, mask_B, dtype, target) -> tuple[Tensor
     dB_partials = dy.new_empty((tiles, N, R), dtype=torch.float32)
     arguments = {
         "dy_ptr": dy, "b_ptr": lora_B, "xa_ptr": xa.contiguous(), "g_ptr": g_partials, "part_ptr": dB_partials, "M": M,
-        "N": N, "split_n": split_n, "stride_dym": dy.stride(0), "scale": scale, "R": R, "PRECISION": _precision(dy),
+        "N": N, "split_n": split_n, "stride_dym": dy.stride(0), "scale": scale, "R": R, "PRECISION": precision_of(dy),
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_c, "BLOCK_R": config.block_r,
     }  # fmt: skip
     launch(_lora_linear_project_outer_kernel, (tiles, parts), arguments, config.num_warps, config.num_stages)
@@ -219,7 +217,7 @@ def _accumulate(out, h, q, dropout, target, rank_first) -> None:
     config = tuning.accumulate_config(target, out.dtype, M, R, aligned=_vectorizes(out))
     arguments = {
         "h_ptr": h, "q_ptr": q, "out_ptr": out, "M": M, "C": C, "R": R, "RANK_FIRST": rank_first,
-        "PRECISION": _precision(out), "BLOCK_M": config.block_m, "BLOCK_C": config.block_c, "BLOCK_R": config.block_r,
+        "PRECISION": precision_of(out), "BLOCK_M": config.block_m, "BLOCK_C": config.block_c, "BLOCK_R": config.block_r,
     } | dropout.arguments(C)  # fmt: skip
     grid = (triton.cdiv(M, config.block_m) * triton.cdiv(C, config.block_c),)
     launch(_lora_linear_accumulate_kernel, grid, arguments, config.num_warps, config.num_stages)
@@ -256,7 +254,7 @@ def _gemm(p, v, bias, h, q, dropout, config, target, rank_first) -> Tensor:
     else:
         arguments |= {
             "p_ptr": p, "v_ptr": v, "out_ptr": out, "stride_pm": p.stride(0), "stride_vd": v.stride(0),
-            "stride_vc": v.stride(1), "EVEN_D": D % config.block_d == 0, "PRECISION": _precision(p),
+            "stride_vc": v.stride(1), "EVEN_D": D % config.block_d == 0, "PRECISION": precision_of(p),
         }  # fmt: skip
         kernel, grid = _lora_linear_gemm_kernel, (tiles,)
     launch(kernel, grid, arguments, config.num_warps, config.num_stages)
@@ -293,7 +291,7 @@ def _onepass(x, weight, bias, lora_A, lora_B, scale, dropout, config, target) ->
         arguments |= {
             "x_ptr": x, "w_ptr": weight, "a_ptr": lora_A, "y_ptr": y, "stride_xm": x.stride(0),
             "stride_wn": weight.stride(0), "stride_wk": weight.stride(1), "EVEN_K": K % config.block_d == 0,
-            "PRECISION": _precision(x),
+            "PRECISION": precision_of(x),
         }  # fmt: skip
         kernel, grid = _lora_linear_onepass_kernel, (tiles,)
     launch(kernel, grid, arguments, config.num_warps, config.num_stages)
@@ -311,26 +309,6 @@ def _split_sum(target, programs, length, block, stream_bytes, partial_size) -> t
     parts = tuning.split(target, programs, blocks, stream_bytes, 4 * partial_size)
     step = triton.cdiv(blocks, parts) * block
     return triton.cdiv(length, step), step
-
-
-def _check(name: str, tensor: Tensor) -> None:
-    if tensor.dtype not in _DTYPES:
-        raise ValueError(f"lora_linear: {name} must be float32, bfloat16 or float16 for triton, got {tensor.dtype}")
-    if tensor.device.type == "cpu" and not INTERPRETED:
-        raise ValueError(f"lora_linear: {name} must be on a GPU for triton unless TRITON_INTERPRET=1, got cpu")
-    if INTERPRETED and tensor.dtype == torch.bfloat16:
-        raise ValueError(f"lora_linear: {name} must be float32 or float16 under TRITON_INTERPRET=1, got bfloat16")
-
-
-def _device_of(tensor: Tensor):
-    """Triton launches on the current device, not on the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
-def _precision(tensor: Tensor) -> str:
-    """input_precision of fp32 products: TF32 only where torch's own matmul may use it."""
-    allowed = tensor.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if allowed else "ieee"
 
 
 def _with_unit_stride(matrix: Tensor) -> Tensor:
