@@ -1,4 +1,4 @@
-"""LoRAConfig: what to adapt and how, in PEFT's words; validated when it is made."""
+"""LoRAConfig (what to adapt, in PEFT's words) and HiddenKeyConfig (what to drop); validated when they are made."""
 
 import math
 import re
@@ -11,6 +11,9 @@ import torch
 INITS = (True, False, "gaussian")
 BIASES = ("none", "all", "lora_only")
 ALL_LINEAR = "all-linear"
+DROP_PATTERNS = ("column", "element", "span")
+CONSISTENCY_KINDS = ("kl", "js")
+AUTO_LAYERS = "auto"
 
 
 def check_adapter(
@@ -190,6 +193,68 @@ class LoRAConfig:
             _check_regex(name, pattern)
             check("LoRAConfig", f"{name}[{pattern!r}]", number)
         return dict(value)
+
+
+@dataclass(frozen=True)
+class HiddenKeyConfig:
+    """HiddenKey: drop attention logits before the softmax and parts of the FFN's output, and ask two passes to agree.
+
+    attention_p, attention_pattern: of dropkey_attention; hidden_p, hidden_pattern: of hidden_cut ("column", "element"
+        or "span"; rates in [0, 1), 0 switches that half off and leaves the model's own code in place).
+    loss: what hiddenkey_step adds to the task loss, times loss_weight: "kl" between two dropout passes, "js" between a
+        dropout pass and the inference-mode output, None nothing. both_branches: both passes in one doubled batch, with
+        gradient to both ("kl"); otherwise the second pass has no gradient.
+    layers: "auto" (every encoder layer, the latter half of the decoder layers: those with index >= n // 2), a list of
+        indices (in every stack of layers) or a list of layers' names or ends of names.
+    disable_other_dropout: set the model's own dropout rates to 0, adapters' lora_dropout aside.
+
+    Construction raises ValueError or TypeError. The paper searched rates in 0.01 to 0.2 and weights in 0.01 to 10.
+    Source: HiddenKey arXiv 2403.00812, sections 3 and 4; HiddenKey- of the paper is loss=None.
+    """
+
+    attention_p: float = 0.1
+    hidden_p: float = 0.1
+    attention_pattern: str = "column"
+    hidden_pattern: str = "element"
+    loss: str | None = "kl"
+    loss_weight: float = 1.0
+    both_branches: bool = False
+    layers: str | Sequence[int] | Sequence[str] = AUTO_LAYERS
+    disable_other_dropout: bool = False
+
+    def __post_init__(self):
+        for name in ("attention_p", "hidden_p"):
+            value = getattr(self, name)
+            # Masks count in steps of 2^-16: a rate that rounds to 1 would drop everything.
+            if not _is_number(value) or not 0.0 <= value < 1.0 - 2**-17:
+                raise ValueError(f"HiddenKeyConfig: {name} must be in [0, 1), got {value!r}")
+        for name in ("attention_pattern", "hidden_pattern"):
+            if getattr(self, name) not in DROP_PATTERNS:
+                raise ValueError(
+                    f"HiddenKeyConfig: {name} must be one of {', '.join(DROP_PATTERNS)}, got {getattr(self, name)!r}"
+                )
+        if self.loss is not None and self.loss not in CONSISTENCY_KINDS:
+            raise ValueError(f"HiddenKeyConfig: loss must be 'kl', 'js' or None, got {self.loss!r}")
+        if not _is_number(self.loss_weight) or self.loss_weight < 0:
+            raise ValueError(f"HiddenKeyConfig: loss_weight must be a finite number >= 0, got {self.loss_weight!r}")
+        for name in ("both_branches", "disable_other_dropout"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"HiddenKeyConfig: {name} must be a bool, got {getattr(self, name)!r}")
+        if self.both_branches and self.loss != "kl":
+            raise ValueError(f"HiddenKeyConfig: both_branches needs loss='kl', two dropout passes, got {self.loss!r}")
+        object.__setattr__(self, "layers", self._layers())
+
+    def _layers(self) -> str | tuple:
+        layers = self.layers
+        if layers == AUTO_LAYERS:
+            return layers
+        items = tuple(layers) if isinstance(layers, Sequence) and not isinstance(layers, str) else ()
+        indices = all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in items)
+        if not items or not (indices or all(isinstance(item, str) and item for item in items)):
+            raise ValueError(
+                f"HiddenKeyConfig: layers must be 'auto', a list of indices >= 0 or a list of names, got {layers!r}"
+            )
+        return items
 
 
 def matches_end(pattern: str, name: str) -> bool:
