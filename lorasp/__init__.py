@@ -1,7 +1,7 @@
 """lorasp: fused LoRA kernels for PyTorch, with a pure-PyTorch reference behind every operator."""
 
 from lorasp.checkpoint import load_adapter, save_adapter
-from lorasp.config import LoRAConfig
+from lorasp.config import HiddenKeyConfig, LoRAConfig
 from lorasp.functional import (
     PackedWeight,
     Partial,
@@ -14,27 +14,35 @@ from lorasp.functional import (
     pack_weight,
 )
 from lorasp.inject import InjectReport, inject
+from lorasp.integrations.hiddenkey import HiddenKeyResult, hiddenkey_step
+from lorasp.integrations.transformers import HiddenKeyReport, apply_hiddenkey, remove_hiddenkey
 from lorasp.nn import LoRALinear
 from lorasp.ops.registry import available_backends, use_backend
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "HiddenKeyConfig",
+    "HiddenKeyReport",
+    "HiddenKeyResult",
     "InjectReport",
     "LoRAConfig",
     "LoRALinear",
     "PackedWeight",
     "Partial",
+    "apply_hiddenkey",
     "available_backends",
     "consistency_loss",
     "dropkey_attention",
     "hidden_cut",
+    "hiddenkey_step",
     "inject",
     "linear_consistency_loss",
     "load_adapter",
     "lora_linear",
     "lora_linear_group",
     "pack_weight",
+    "remove_hiddenkey",
     "save_adapter",
     "use_backend",
 ]

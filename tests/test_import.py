@@ -21,6 +21,7 @@ ALLOWED = {
     "lorasp/nn.py": {"adapter", "config", "functional"},
     "lorasp/inject.py": {"config", "nn"},
     "lorasp/checkpoint.py": {"config", "inject", "nn"},
+    "lorasp/integrations": {"config", "functional", "inject", "integrations"},
     "triton_kernels": {"triton_kernels"},
 }
 

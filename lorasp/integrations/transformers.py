@@ -82,7 +82,7 @@ class HiddenCut:
         return hidden_cut(output[0] if output else args[0], self.p, pattern=self.pattern)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Layer:
     name: str
     index: int
