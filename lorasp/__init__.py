@@ -1,7 +1,7 @@
 """lorasp: fused LoRA kernels for PyTorch, with a pure-PyTorch reference behind every operator."""
 
 from lorasp.checkpoint import load_adapter, save_adapter
-from lorasp.config import HiddenKeyConfig, LoRAConfig
+from lorasp.config import HiddenKeyConfig, LoRAConfig, PartialConfig
 from lorasp.functional import (
     PackedWeight,
     Partial,
@@ -18,6 +18,8 @@ from lorasp.integrations.hiddenkey import HiddenKeyResult, hiddenkey_step
 from lorasp.integrations.transformers import HiddenKeyReport, apply_hiddenkey, remove_hiddenkey
 from lorasp.nn import LoRALinear
 from lorasp.ops.registry import available_backends, use_backend
+from lorasp.optim import PartialAdamW
+from lorasp.partial import resample
 
 __version__ = "0.1.0"
 
@@ -30,6 +32,8 @@ __all__ = [
     "LoRALinear",
     "PackedWeight",
     "Partial",
+    "PartialAdamW",
+    "PartialConfig",
     "apply_hiddenkey",
     "available_backends",
     "consistency_loss",
@@ -43,6 +47,7 @@ __all__ = [
     "lora_linear_group",
     "pack_weight",
     "remove_hiddenkey",
+    "resample",
     "save_adapter",
     "use_backend",
 ]

@@ -30,7 +30,7 @@ _DIGEST, _FREEZE_A = "lorasp.digest", "lorasp.freeze_A"
 
 # Fields of LoRAConfig that stand in adapter_config.json under the same name and mean the same.
 _SHARED_FIELDS = tuple(
-    field.name for field in fields(LoRAConfig) if field.name not in ("freeze_A", "prepack", "adapter_dtype")
+    field.name for field in fields(LoRAConfig) if field.name not in ("freeze_A", "prepack", "adapter_dtype", "partial")
 )
 # PEFT's fields that do not change what a finished adapter computes.
 _NEUTRAL_FIELDS = {
@@ -115,8 +115,8 @@ def _slots(model: nn.Module, layers: dict[str, LoRALinear], config: LoRAConfig) 
     slots = {}
     for name, layer in layers.items():
         adapter = layer.adapters[DEFAULT_ADAPTER]
-        slots[f"{_PREFIX}{name}.lora_A.weight"] = adapter.lora_A
-        slots[f"{_PREFIX}{name}.lora_B.weight"] = adapter.lora_B
+        slots[f"{_PREFIX}{name}.lora_A.weight"] = adapter.dense_A()
+        slots[f"{_PREFIX}{name}.lora_B.weight"] = adapter.dense_B()
         if config.bias != "none" and layer.bias is not None:
             slots[f"{_PREFIX}{name}.base_layer.bias"] = layer.bias
     if config.bias == "all":

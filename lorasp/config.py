@@ -1,4 +1,4 @@
-"""LoRAConfig (what to adapt, in PEFT's words) and HiddenKeyConfig (what to drop); validated when they are made."""
+"""LoRAConfig and PartialConfig (what to adapt, in PEFT's words), HiddenKeyConfig (what to drop); checked when made."""
 
 import math
 import re
@@ -10,6 +10,7 @@ import torch
 
 INITS = (True, False, "gaussian")
 BIASES = ("none", "all", "lora_only")
+GRANULARITIES = ("feature", "element", "rank", "matrix")
 ALL_LINEAR = "all-linear"
 DROP_PATTERNS = ("column", "element", "span")
 CONSISTENCY_KINDS = ("kl", "js")
@@ -27,6 +28,7 @@ def check_adapter(
     init_lora_weights: bool | str,
     prepack: bool,
     adapter_dtype: torch.dtype | None,
+    partial: "PartialConfig | None" = None,
 ) -> None:
     """Raise TypeError or ValueError, naming `where`, unless these describe one adapter."""
     _check_rank(where, "r", r)
@@ -41,6 +43,12 @@ def check_adapter(
     if adapter_dtype not in (None, torch.float32):
         raise ValueError(
             f"{where}: adapter_dtype must be None (as the weight) or torch.float32 (masters), got {adapter_dtype!r}"
+        )
+    if partial is not None and not isinstance(partial, PartialConfig):
+        raise TypeError(f"{where}: partial must be a PartialConfig or None, got {partial!r}")
+    if partial is not None and partial.granularity == "matrix" and freeze_A:
+        raise ValueError(
+            f"{where}: partial must not be of granularity 'matrix' with freeze_A: half would train nothing"
         )
 
 
@@ -83,6 +91,50 @@ def _names(name: str, value, *, regex: bool) -> str | tuple[str, ...] | None:
 
 
 @dataclass(frozen=True)
+class PartialConfig:
+    """LoRA-SP: only a part of A (r, in) and B (out, r) trains, chosen at random; the rest keeps its bits.
+
+    trainable_ratio: the part that trains, in (0, 1], of A and of B alike.
+    granularity: "feature": round(ratio * n) of A's n columns (in blocks of 64 from 512 columns on, the last one may be
+        short; single below) and of B's rows: halves the saved input, the work on dA and dB, parameters, gradients and
+        optimizer state. "element": single entries; halves all but the saved input. "rank": rows of A and the same
+        columns of B; as "element". "matrix": A is frozen in one half of the modules and B in the other (ratio 0.5
+        only); where B is frozen it starts at random and A at zero, so that the adapter starts at zero and trains.
+    resample: "never": the choice is made once and any optimizer sees only what trains. k >= 1: another choice every k
+        optimizer steps; "epoch": at every lorasp.resample(model); both need lorasp.optim.PartialAdamW, and optimizer
+        state is then whole.
+    seed: the choice follows from it and the layer's name.
+
+    Source: LoRA-SP, arXiv 2403.08822. Its abstract fixes that half of the LoRA parameters, randomly selected, is frozen
+    during fine-tuning; granularity, ratio and resampling are this library's reading of it, and none of its accuracy
+    figures is claimed. "LoRA-SP (Select-Prune)", arXiv 2603.07404, is another method.
+
+    Construction raises ValueError or TypeError.
+    """
+
+    trainable_ratio: float = 0.5
+    granularity: str = "feature"
+    resample: int | str = "never"
+    seed: int = 0
+
+    def __post_init__(self):
+        ratio, resample, seed = self.trainable_ratio, self.resample, self.seed
+        if not _is_number(ratio) or not 0.0 < ratio <= 1.0:
+            raise ValueError(f"PartialConfig: trainable_ratio must be in (0, 1], got {ratio!r}")
+        if self.granularity not in GRANULARITIES:
+            raise ValueError(
+                f"PartialConfig: granularity must be one of {', '.join(GRANULARITIES)}, got {self.granularity!r}"
+            )
+        if self.granularity == "matrix" and ratio != 0.5:
+            raise ValueError(f"PartialConfig: trainable_ratio must be 0.5 for granularity 'matrix', got {ratio!r}")
+        every = isinstance(resample, int) and not isinstance(resample, bool) and resample >= 1
+        if not every and resample not in ("never", "epoch"):
+            raise ValueError(f"PartialConfig: resample must be 'never', 'epoch' or an int >= 1, got {resample!r}")
+        if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**63:
+            raise ValueError(f"PartialConfig: seed must be an int in [-2^63, 2^63), got {seed!r}")
+
+
+@dataclass(frozen=True)
 class LoRAConfig:
     """One LoRA adapter: s B A beside each targeted weight, s = lora_alpha / r (lora_alpha / sqrt(r) with use_rslora).
 
@@ -99,9 +151,10 @@ class LoRAConfig:
     freeze_A: LoRA-FA: A is a buffer that never trains, and backward keeps x A^T instead of x.
     prepack: CPU: also keep each frozen weight in the kernels' own layout, for two more copies of it.
     adapter_dtype: None keeps A and B in their weight's dtype; torch.float32 keeps masters over a half-precision weight.
+    partial: LoRA-SP: only a part of A and B trains; see PartialConfig.
 
-    Names and meanings are those of peft.LoraConfig but for the last three. Construction raises ValueError or TypeError.
-    Sources: LoRA arXiv 2106.09685; LoRA-FA arXiv 2308.03303; rsLoRA arXiv 2312.03732.
+    Names and meanings are those of peft.LoraConfig but for the last four. Construction raises ValueError or TypeError.
+    Sources: LoRA arXiv 2106.09685; LoRA-FA arXiv 2308.03303; LoRA-SP arXiv 2403.08822; rsLoRA arXiv 2312.03732.
     """
 
     r: int = 8
@@ -120,6 +173,7 @@ class LoRAConfig:
     freeze_A: bool = False
     prepack: bool = False
     adapter_dtype: torch.dtype | None = None
+    partial: PartialConfig | None = None
 
     def __post_init__(self):
         check_adapter("LoRAConfig", **self.adapter_arguments())
@@ -154,6 +208,7 @@ class LoRAConfig:
             "init_lora_weights": self.init_lora_weights,
             "prepack": self.prepack,
             "adapter_dtype": self.adapter_dtype,
+            "partial": self.partial,
         }
 
     def for_module(self, name: str) -> "LoRAConfig":

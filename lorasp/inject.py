@@ -28,7 +28,7 @@ _HOOKS = (
 class InjectReport:
     """What inject() did: the adapted layers' names, the skipped ones with the reason, and parameter counts.
 
-    trainable, total: numbers of parameters, each tensor once; total counts frozen lora_A too.
+    trainable, total: numbers of parameters, each tensor once; total counts frozen entries of A and B too.
     """
 
     adapted: tuple[str, ...]
@@ -100,12 +100,14 @@ def report(model: nn.Module, skipped: dict[str, str]) -> InjectReport:
     """The report on a model as it is now."""
     layers = adapted_layers(model)
     parameters = list(model.parameters())
-    frozen_A = [a.lora_A.numel() for layer in layers.values() for a in layer.adapters.values() if a.freeze_A]
+    adapters = [a for layer in layers.values() for a in layer.adapters.values()]
+    factors = sum(a.r * (a.in_features + a.out_features) for a in adapters)
+    standing = {p for a in adapters for p in a.parameters()}
     return InjectReport(
         adapted=tuple(layers),
         skipped=skipped,
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
-        total=sum(p.numel() for p in parameters) + sum(frozen_A),
+        total=sum(p.numel() for p in parameters if p not in standing) + factors,
     )
 
 
@@ -140,13 +142,14 @@ def make_plan(model: nn.Module, config: LoRAConfig, where: str, *, strict: bool 
             f"{where}: no layer is left to adapt: target_modules {_shown(config.target_modules)}{reasons}; "
             f"{_what_exists(model)}"
         )
+    peers = tuple({modules[name]: name for name in reversed(targets)}.values())
     names: dict[nn.Module, str] = {}
     for name in targets:
         first = names.setdefault(modules[name], name)
         if first != name:
             plan.skipped[name] = f"the same module as {first}"
             continue
-        plan.layers[name] = LoRALinear.beside(modules[name], config.for_module(name))
+        plan.layers[name] = LoRALinear.beside(modules[name], config.for_module(name), name, peers)
         for hooks in _HOOKS:
             setattr(plan.layers[name], hooks, getattr(modules[name], hooks))
     for name, module in modules.items():

@@ -1,15 +1,16 @@
-"""LoRALinear: a frozen linear layer with low-rank adapters beside it, a thin module over functional.lora_linear."""
+"""LoRALinear: a frozen linear layer with low-rank adapters beside it, a thin module over lora_linear and its group."""
 
 import math
 import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lorasp.adapter import Adapter
-from lorasp.config import LoRAConfig, check_adapter
-from lorasp.functional import PackedWeight, lora_linear, pack_weight
+from lorasp.config import LoRAConfig, PartialConfig, check_adapter
+from lorasp.functional import PackedWeight, Partial, lora_linear, lora_linear_group, pack_weight
+from lorasp.partial import PartialAdapter, make_adapter
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DEFAULT_ADAPTER = "default"
@@ -56,18 +57,23 @@ class LoRALinear(nn.Module):
     """y = x W^T + bias + s drop(x) A^T B^T: nn.Linear with its weight frozen and a low-rank adapter that trains.
 
     in_features, out_features, bias, device, dtype: nn.Linear's. The rest is PEFT's: r, lora_alpha, lora_dropout (in
-    training mode only), use_rslora, init_lora_weights, and LoRAConfig's freeze_A, prepack, adapter_dtype.
+    training mode only), use_rslora, init_lora_weights, and LoRAConfig's freeze_A, prepack, adapter_dtype, partial.
 
     x (..., in_features) -> y (..., out_features) in x's dtype. weight (out_features, in_features) and bias do not
     require grad; set requires_grad_(True) and they train too. lora_A (r, in_features), lora_B (out_features, r) and
     scale are the active adapter's; in the state_dict they are adapters.<name>.lora_A and .lora_B.
+
+    partial (LoRA-SP): what trains is in adapters.<name>.lora_A_packed and .lora_B_packed, beside the masks active_A and
+    active_B of the selection; lora_A and lora_B are then put together on every read, so writing to them changes nothing
+    (set_lora does). With resample they stay Parameters of full size. See PartialConfig for what is frozen, and for what
+    the paper says of it.
 
     prepack: the packed copies are made at the first forward and again when the weight's storage, version, dtype or
     device changes. A write through `weight.data` changes none of these: call `weight.data = ...` or drop_packed().
     Under torch.compile the plain weight is used.
 
     Raises ValueError or TypeError for sizes, dtypes and adapter arguments that do not fit.
-    Sources: LoRA arXiv 2106.09685; LoRA-FA arXiv 2308.03303.
+    Sources: LoRA arXiv 2106.09685; LoRA-FA arXiv 2308.03303; LoRA-SP arXiv 2403.08822.
     """
 
     def __init__(
@@ -86,6 +92,7 @@ class LoRALinear(nn.Module):
         init_lora_weights: bool | str = True,
         prepack: bool = False,
         adapter_dtype: torch.dtype | None = None,
+        partial: PartialConfig | None = None,
     ):
         for name, size in (("in_features", in_features), ("out_features", out_features)):
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
@@ -93,7 +100,7 @@ class LoRALinear(nn.Module):
         arguments = {
             "r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "freeze_A": freeze_A,
             "use_rslora": use_rslora, "init_lora_weights": init_lora_weights, "prepack": prepack,
-            "adapter_dtype": adapter_dtype,
+            "adapter_dtype": adapter_dtype, "partial": partial,
         }  # fmt: skip
         check_adapter("LoRALinear", **arguments)
         dtype = dtype or torch.get_default_dtype()
@@ -119,8 +126,11 @@ class LoRALinear(nn.Module):
         return layer
 
     @classmethod
-    def beside(cls, linear: nn.Module, config: LoRAConfig) -> "LoRALinear":
-        """from_linear without touching the Parameters' requires_grad."""
+    def beside(cls, linear: nn.Module, config: LoRAConfig, name: str = "", peers: Sequence[str] = ()) -> "LoRALinear":
+        """from_linear without touching the Parameters' requires_grad.
+
+        name, and peers, the names of all layers adapted together: what config.partial draws its selection from.
+        """
         if not isinstance(config, LoRAConfig):
             raise TypeError(f"LoRALinear.from_linear: config must be a LoRAConfig, got {type(config).__name__}")
         if not isinstance(linear, nn.Linear) and not is_conv1d(linear):
@@ -133,10 +143,18 @@ class LoRALinear(nn.Module):
             )
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer._adopt(linear.weight, linear.bias, is_conv1d(linear), config.adapter_arguments())
+        layer._adopt(linear.weight, linear.bias, is_conv1d(linear), config.adapter_arguments(), name, peers)
         return layer.train(linear.training)
 
-    def _adopt(self, weight: nn.Parameter, bias: nn.Parameter | None, fan_in_fan_out: bool, arguments: dict) -> None:
+    def _adopt(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        fan_in_fan_out: bool,
+        arguments: dict,
+        name: str = "",
+        peers: Sequence[str] = (),
+    ) -> None:
         arguments = dict(arguments)
         adapter_dtype = arguments.pop("adapter_dtype") or weight.dtype
         if adapter_dtype.itemsize < weight.dtype.itemsize:
@@ -147,17 +165,47 @@ class LoRALinear(nn.Module):
         self.register_parameter("bias", bias)
         self.out_features, self.in_features = weight.t().shape if fan_in_fan_out else weight.shape
         self.active_adapter = DEFAULT_ADAPTER
+        # Save x itself where x[:, J] would do: something else keeps this x alive anyway.
+        self.keep_input = False
         self._packed: _Packed | None = None
-        adapter = Adapter(self.in_features, self.out_features, **arguments, device=weight.device, dtype=adapter_dtype)
+        arguments |= {"name": name, "peers": peers, "device": weight.device, "dtype": adapter_dtype}
+        adapter = make_adapter(self.in_features, self.out_features, **arguments)
         self.adapters = nn.ModuleDict({DEFAULT_ADAPTER: adapter})
 
     @property
     def lora_A(self) -> Tensor:
-        return self.adapters[self.active_adapter].lora_A
+        return self.adapters[self.active_adapter].dense_A()
 
     @property
     def lora_B(self) -> Tensor:
-        return self.adapters[self.active_adapter].lora_B
+        return self.adapters[self.active_adapter].dense_B()
+
+    def set_lora(self, lora_A: Tensor, lora_B: Tensor) -> None:
+        """Give the active adapter these values, (r, in_features) and (out_features, r), frozen entries included."""
+        for name, value, have in (("lora_A", lora_A, self.lora_A), ("lora_B", lora_B, self.lora_B)):
+            if not isinstance(value, Tensor) or value.shape != have.shape:
+                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"set_lora: {name} must be {tuple(have.shape)}, got {got}")
+        self.adapters[self.active_adapter].set_dense(lora_A, lora_B)
+
+    def trainable_mask_A(self) -> Tensor:
+        """bool (r, in_features): the entries of lora_A that train (by freeze_A and partial; requires_grad aside)."""
+        return self.adapters[self.active_adapter].trainable_mask_A()
+
+    def trainable_mask_B(self) -> Tensor:
+        """bool (out_features, r): the entries of lora_B that train."""
+        return self.adapters[self.active_adapter].trainable_mask_B()
+
+    def select(self, score_A: Tensor | None, score_B: Tensor) -> None:
+        """Choose what of the active adapter trains by scores per entry: the highest are kept (per block, row: the sum).
+
+        score_A (r, in_features), None where A is frozen; score_B (out_features, r). lora_A and lora_B stay as they are;
+        make the optimizer afterwards. Layers on one input: see lorasp.partial.select. Raises ValueError.
+        """
+        adapter = self.adapters[self.active_adapter]
+        if not isinstance(adapter, PartialAdapter):
+            raise ValueError("select: the layer must have a PartialConfig of granularity feature, element or rank")
+        adapter.select(score_A, score_B)
 
     @property
     def scale(self) -> float:
@@ -165,21 +213,27 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         o = self._operands()
-        return lora_linear(
-            x, o.weight, o.lora_A, o.lora_B, o.bias, scale=o.scale, dropout_p=o.dropout_p, packed=o.packed
-        )
+        if o.rows is None and o.entries_B is None:
+            return lora_linear(
+                x, o.weight, o.lora_A, o.lora_B, o.bias, scale=o.scale, dropout_p=o.dropout_p, mask_A=o.mask_A,
+                mask_B=o.mask_B, packed=o.packed,
+            )  # fmt: skip
+        partial = Partial(o.columns, [o.frozen_A], [o.frozen_B], [o.rows], [o.entries_A], [o.entries_B])
+        return lora_linear_group(
+            x, [o.weight], [o.lora_A], [o.lora_B], [o.bias], scales=[o.scale], dropout_p=o.dropout_p, partial=partial,
+            keep_input=self.keep_input, packed=[o.packed],
+        )[0]  # fmt: skip
 
     def _operands(self) -> Operands:
         adapter = self.adapters[self.active_adapter]
         weight = self.weight.t() if self.fan_in_fan_out else self.weight
         return Operands(
-            weight,
-            self.bias,
-            adapter.lora_A,
-            adapter.lora_B,
-            adapter.scale,
-            adapter.lora_dropout if self.training else 0.0,
-            self._current_pack(weight) if self.prepack and not torch.compiler.is_compiling() else None,
+            weight=weight,
+            bias=self.bias,
+            scale=adapter.scale,
+            dropout_p=adapter.lora_dropout if self.training else 0.0,
+            packed=self._current_pack(weight) if self.prepack and not torch.compiler.is_compiling() else None,
+            **adapter.parts(),
         )
 
     def _current_pack(self, weight: Tensor) -> PackedWeight:

@@ -1,0 +1,111 @@
+"""PartialAdamW: AdamW for adapters whose selection changes (LoRA-SP with resampling)."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lorasp.ops import registry
+from lorasp.ops.partial_adamw import step_ops
+from lorasp.partial import ResampledAdapter, owner
+
+
+class PartialAdamW(Optimizer):
+    """AdamW (decoupled weight decay) that leaves entries outside their adapter's selection alone, to the bit.
+
+    params: a model (its parameters that require grad), or what every torch optimizer takes: parameters or groups.
+    lr, betas, eps, weight_decay: torch.optim.AdamW's.
+
+    For dense lora_A and lora_B of adapters with PartialConfig(resample=...): an entry outside the selection keeps its
+    value, and its moments until it is selected again; bias correction counts the entry's own active steps. resample=k
+    gives every k-th step a new selection to the adapters with that k among the parameters. Every other parameter,
+    packed ones of a fixed selection included, is stepped as torch.optim.AdamW does. All parameters of one device and
+    dtype are stepped in one pass; arithmetic is in fp32 (fp64 for fp64), the moments have the parameter's dtype.
+
+    State per parameter: exp_avg, exp_avg_sq, and step: int32, one per row, column or entry where selections are. The
+    selections themselves are in the model's state_dict. Raises TypeError and ValueError for arguments that do not fit,
+    RuntimeError for sparse gradients.
+    Source: AdamW arXiv 1711.05101; LoRA-SP arXiv 2403.08822 says nothing of optimizer state: this is our reading.
+    """
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+    ):
+        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+            if not 0.0 <= value < float("inf"):
+                raise ValueError(f"PartialAdamW: {name} must be a finite number >= 0, got {value!r}")
+        if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+            raise ValueError(f"PartialAdamW: betas must be two numbers in [0, 1), got {betas!r}")
+        if isinstance(params, nn.Module):
+            params = [parameter for parameter in params.parameters() if parameter.requires_grad]
+        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "steps_taken": 0}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step; closure re-evaluates the model and returns the loss, as in every torch optimizer."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self._step_group(group)
+            group["steps_taken"] += 1
+        self._resample()
+        return loss
+
+    def _step_group(self, group: dict) -> None:
+        batches: dict[tuple, list[list[Tensor]]] = {}
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
+            if parameter.grad.is_sparse:
+                raise RuntimeError("PartialAdamW: gradients must be dense, got a sparse one")
+            owned = owner(parameter)
+            active = owned and owned[0].active(owned[1])
+            state = self.state[parameter]
+            if not state:
+                state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+                state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
+                shape = (1,) if active is None else active.shape
+                state["step"] = torch.zeros(shape, dtype=torch.int32, device=parameter.device)
+            batch = batches.setdefault((parameter.device, parameter.dtype), [[] for _ in range(6)])
+            values = (
+                parameter.detach(),
+                parameter.grad,
+                *(state[n] for n in ("exp_avg", "exp_avg_sq", "step")),
+                active,
+            )
+            for tensors, tensor in zip(batch, values, strict=True):
+                tensors.append(tensor)
+        (beta1, beta2), lr = group["betas"], float(group["lr"])
+        for (device, dtype), batch in batches.items():
+            backend = registry.choose("partial_adamw", device.type, dtype)
+            step_ops[backend](*batch, lr, beta1, beta2, group["eps"], group["weight_decay"])
+            # Compiled backends write past autograd's version counters, which tell a stale prepacked weight.
+            torch.autograd.graph.increment_version(batch[0])
+
+    def _resample(self) -> None:
+        taken = self.param_groups[0]["steps_taken"]
+        adapters: dict[ResampledAdapter, None] = {}
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if (owned := owner(parameter)) is not None:
+                    adapters[owned[0]] = None
+        for adapter in adapters:
+            every = adapter.partial.resample
+            if isinstance(every, int) and taken % every == 0:
+                adapter.resample()
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        # Optimizer moves and casts every tensor of a parameter's state except "step".
+        for parameter, state in self.state.items():
+            if "step" in state:
+                state["step"] = state["step"].to(parameter.device, torch.int32, copy=True)
