@@ -2,7 +2,8 @@
 
 One digest covers both files: sha256 over what the config says and over the tensors. It travels in the safetensors
 metadata, where PEFT does not look (a key of ours in the config would make PEFT warn), so a pair that was not saved
-together is refused. Files PEFT wrote carry none and are taken as they are.
+together is refused. Files PEFT wrote carry none and are taken as they are. What trains of a LoRA-SP adapter stands in
+the same metadata, under the same digest, beside A and B in full.
 
 A save writes both new files beside the old ones, the config under a name that holds the digest, then renames the
 weights, then the config. Killed before the first rename it leaves the old pair; killed between the two, load finds the
@@ -19,6 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lorasp import stored_selection
+from lorasp.adapter import Adapter
 from lorasp.config import ALL_LINEAR, LoRAConfig
 from lorasp.inject import InjectReport, adapted_layers, install, make_plan, modules_to_save, report, unwrap
 from lorasp.nn import DEFAULT_ADAPTER, LoRALinear
@@ -26,7 +29,7 @@ from lorasp.nn import DEFAULT_ADAPTER, LoRALinear
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_DIGEST, _FREEZE_A = "lorasp.digest", "lorasp.freeze_A"
+_DIGEST, _FREEZE_A, _PARTIAL = "lorasp.digest", "lorasp.freeze_A", "lorasp.partial"
 
 # Fields of LoRAConfig that stand in adapter_config.json under the same name and mean the same.
 _SHARED_FIELDS = tuple(
@@ -45,20 +48,22 @@ _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
     """Write the adapter injected into `model` to the folder `path`: files that PEFT and load_adapter read.
 
-    adapter_config.json says "all-linear" as the list of names it stood for. Tensors keep their dtype. The folder is
+    adapter_config.json says "all-linear" as the list of names it stood for. Tensors keep their dtype; A and B are
+    written whole where a part trains (config.partial), with the selection in the weights file's metadata. The folder is
     made if need be; what it held is replaced only once the new files are complete, and a killed save leaves an adapter
     that loads. Raises ValueError if the model has no injected adapter, OSError if the folder cannot be written.
     """
     model, path = unwrap(model), Path(path)
     config = _injected_config(model, "save_adapter")
     layers = adapted_layers(model)
-    tensors = {key: tensor.detach() for key, tensor in _slots(model, layers, config).items()}
+    with torch.no_grad():
+        tensors = {key: tensor.detach() for key, tensor in _slots(model, layers, config).items()}
     if on_meta := [key for key, tensor in tensors.items() if tensor.is_meta]:
         raise ValueError(f"save_adapter: these tensors hold no data (meta device): {_listed(on_meta)}")
     if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
         config = replace(config, target_modules=list(layers))
     try:
-        _write_pair(path, _file_config(model, layers, config), tensors, config)
+        _write_pair(path, _file_config(model, layers, config), tensors, config, _adapters(layers))
     except OSError as error:
         raise _named(error, f"save_adapter: cannot write to {path}") from error
 
@@ -72,12 +77,16 @@ def load_adapter(
     weight's or float32. freeze_A: None is as it was saved (PEFT's files: it trains); prepack: as in LoRAConfig. A model
     that inject() prepared gets the values, in its own dtypes, and keeps its own freeze_A and prepack.
 
+    What trains of an adapter saved with a PartialConfig trains again, in a model that inject() prepared if that has a
+    PartialConfig too (load before making the optimizer: packed parameters may change their size). Frozen entries take
+    the file's values, whatever they are.
+
     Raises, with the model as it was: OSError for what cannot be read; ValueError for damaged files, files that were not
     saved together, PEFT features other than plain LoRA, a rank, scale or shape that differs, and tensors that are
-    missing or unknown, by name.
+    missing or unknown, by name, and for a selection that does not fit.
     """
     model, path = unwrap(model), Path(path)
-    values, config = _read_pair(path)
+    values, config, stored = _read_pair(path)
     plan = None
     if adapted_layers(model):
         if freeze_A is not None or prepack:
@@ -93,14 +102,26 @@ def load_adapter(
         )
         plan = make_plan(model, config, f"load_adapter: {path}", strict=False)
         own, layers = config, plan.layers
-    slots = _slots(model, layers, own)
+    with torch.no_grad():
+        slots = _slots(model, layers, own)
     _check_fit(path, slots, values, own)
+    adapters = _adapters(layers)
+    stored = None if own.partial is None else stored
+    if stored is not None and (wrong := stored_selection.misfits(stored, adapters, own.partial)):
+        raise ValueError(f"load_adapter: {path}: its selection does not fit this model: {_listed(wrong, '; ')}")
     if on_meta := [key for key, slot in slots.items() if slot.is_meta]:
         raise ValueError(f"load_adapter: the model must be on a real device, these tensors are not: {_listed(on_meta)}")
+    skipped = {} if plan is None else install(plan).skipped
     with torch.no_grad():
+        if stored is not None:
+            stored_selection.restore(stored, adapters)
+        for name, adapter in adapters.items():
+            adapter.set_dense(*(values[key] for key in _factor_keys(name)))
+        factors = {key for name in adapters for key in _factor_keys(name)}
         for key, slot in slots.items():
-            slot.copy_(values[key])
-    return install(plan) if plan is not None else report(model, {})
+            if key not in factors:
+                slot.copy_(values[key])
+    return report(model, skipped)
 
 
 def _injected_config(model: nn.Module, where: str) -> LoRAConfig:
@@ -110,13 +131,20 @@ def _injected_config(model: nn.Module, where: str) -> LoRAConfig:
     return configs[DEFAULT_ADAPTER]
 
 
+def _adapters(layers: dict[str, LoRALinear]) -> dict[str, Adapter]:
+    return {name: layer.adapters[DEFAULT_ADAPTER] for name, layer in layers.items()}
+
+
+def _factor_keys(name: str) -> tuple[str, str]:
+    return f"{_PREFIX}{name}.lora_A.weight", f"{_PREFIX}{name}.lora_B.weight"
+
+
 def _slots(model: nn.Module, layers: dict[str, LoRALinear], config: LoRAConfig) -> dict[str, Tensor]:
     """Every tensor of the adapter under its key in the file."""
     slots = {}
     for name, layer in layers.items():
-        adapter = layer.adapters[DEFAULT_ADAPTER]
-        slots[f"{_PREFIX}{name}.lora_A.weight"] = adapter.dense_A()
-        slots[f"{_PREFIX}{name}.lora_B.weight"] = adapter.dense_B()
+        adapter, (key_A, key_B) = layer.adapters[DEFAULT_ADAPTER], _factor_keys(name)
+        slots[key_A], slots[key_B] = adapter.dense_A(), adapter.dense_B()
         if config.bias != "none" and layer.bias is not None:
             slots[f"{_PREFIX}{name}.base_layer.bias"] = layer.bias
     if config.bias == "all":
@@ -226,8 +254,8 @@ def _listed(items: list[str], separator: str = ", ", most: int = 8) -> str:
     return separator.join(items[:most]) + (f"{separator}and {len(items) - most} more" if len(items) > most else "")
 
 
-def _digest(config: LoRAConfig, weights: bytes) -> str:
-    """sha256 over what the config says (init aside: it is spent) and over the tensors of a safetensors file."""
+def _digest(config: LoRAConfig, weights: bytes, selections: str | None) -> str:
+    """sha256 over what the config says (init aside: it is spent), the selections and the tensors of a weights file."""
     header, data = _split(weights)
     header.pop("__metadata__", None)
     said = {name: getattr(config, name) for name in (*_SHARED_FIELDS, "freeze_A") if name != "init_lora_weights"}
@@ -235,7 +263,8 @@ def _digest(config: LoRAConfig, weights: bytes) -> str:
         said[name] = sorted(said[name]) if isinstance(said[name], tuple) else said[name]
     for name in ("rank_pattern", "alpha_pattern"):
         said[name] = list(said[name].items())
-    digest = hashlib.sha256(json.dumps([said, header], sort_keys=True).encode())
+    parts = [said, header] if selections is None else [said, header, selections]
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
     digest.update(data)
     return digest.hexdigest()
 
@@ -258,7 +287,9 @@ def _staged_name(digest: str) -> str:
     return f".adapter_config.{digest[:16]}.json"
 
 
-def _write_pair(path: Path, file_config: dict, tensors: dict[str, Tensor], config: LoRAConfig) -> None:
+def _write_pair(
+    path: Path, file_config: dict, tensors: dict[str, Tensor], config: LoRAConfig, adapters: dict[str, Adapter]
+) -> None:
     from safetensors.torch import save
 
     seen: set[int] = set()
@@ -269,8 +300,10 @@ def _write_pair(path: Path, file_config: dict, tensors: dict[str, Tensor], confi
         plain[key] = tensor.to("cpu", copy=storage in seen).contiguous()
         seen.add(storage)
     bare = save(plain)
-    digest = _digest(config, bare)
-    weights = _with_metadata(bare, {"format": "pt", _DIGEST: digest, _FREEZE_A: str(config.freeze_A).lower()})
+    selections = None if config.partial is None else stored_selection.encode(config.partial, adapters)
+    digest = _digest(config, bare, selections)
+    metadata = {"format": "pt", _DIGEST: digest, _FREEZE_A: str(config.freeze_A).lower()}
+    weights = _with_metadata(bare, metadata if selections is None else metadata | {_PARTIAL: selections})
     text = json.dumps(dict(sorted(file_config.items())), indent=2).encode()
 
     path.mkdir(parents=True, exist_ok=True)
@@ -318,8 +351,8 @@ def _sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def _read_pair(path: Path) -> tuple[dict[str, Tensor], LoRAConfig]:
-    """The tensors and the config of a folder, checked against each other."""
+def _read_pair(path: Path) -> tuple[dict[str, Tensor], LoRAConfig, stored_selection.Stored | None]:
+    """The tensors, the config and the selections of a folder, checked against each other."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -335,8 +368,14 @@ def _read_pair(path: Path) -> tuple[dict[str, Tensor], LoRAConfig]:
     candidates = [config_file] if digest is None else [config_file, path / _staged_name(digest)]
     for file in [file for file in candidates if file.exists()] or [config_file]:
         config = replace(_parse_config(_read(file), file), freeze_A=freeze_A)
-        if digest is None or _digest(config, weights) == digest:
-            return values, config
+        if digest is None or _digest(config, weights, metadata.get(_PARTIAL)) == digest:
+            if _PARTIAL not in metadata:
+                return values, config, None
+            try:
+                stored = stored_selection.decode(metadata[_PARTIAL])
+                return values, replace(config, partial=stored.partial), stored
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"load_adapter: {weights_file}: {error}") from None
     raise ValueError(
         f"load_adapter: {CONFIG_NAME} and {WEIGHTS_NAME} in {path} were not saved together, or one was changed since; "
         "save the adapter again"

@@ -23,7 +23,8 @@ ALLOWED = {
     "lorasp/optim.py": {"ops", "partial"},
     "lorasp/nn.py": {"config", "functional", "partial"},
     "lorasp/inject.py": {"config", "nn"},
-    "lorasp/checkpoint.py": {"config", "inject", "nn"},
+    "lorasp/stored_selection.py": {"adapter", "config", "partial", "selection"},
+    "lorasp/checkpoint.py": {"adapter", "config", "inject", "nn", "stored_selection"},
     "lorasp/integrations": {"config", "functional", "inject", "integrations"},
     "triton_kernels": {"triton_kernels"},
 }
