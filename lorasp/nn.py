@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lorasp.config import LoRAConfig, PartialConfig, check_adapter
 from lorasp.functional import PackedWeight, Partial, lora_linear, lora_linear_group, pack_weight
-from lorasp.partial import PartialAdapter, make_adapter
+from lorasp.partial import make_adapter
+from lorasp.partial_adapter import PartialAdapter
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DEFAULT_ADAPTER = "default"

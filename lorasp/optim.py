@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from lorasp.ops import registry
 from lorasp.ops.partial_adamw import step_ops
-from lorasp.partial import ResampledAdapter, owner
+from lorasp.partial_adapter import ResampledAdapter, owner
 
 
 class PartialAdamW(Optimizer):

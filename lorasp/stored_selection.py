@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lorasp.adapter import Adapter
 from lorasp.config import PartialConfig
-from lorasp.partial import PartialAdapter, ResampledAdapter
+from lorasp.partial_adapter import PartialAdapter, ResampledAdapter
 from lorasp.selection import Selection
 
 
