@@ -1,11 +1,11 @@
-"""LoRAConfig: what is refused on construction, and how names are matched."""
+"""The configs: what is refused on construction, and how names are matched."""
 
 import dataclasses
 
 import pytest
 import torch
 
-from lorasp.config import LoRAConfig, layer_index, matches_names
+from lorasp.config import HiddenKeyConfig, LoRAConfig, layer_index, matches_names
 
 
 @pytest.mark.parametrize(
@@ -103,3 +103,38 @@ def test_lists_match_ends_and_strings_match_whole_names(names, name, fits):
 )
 def test_layer_index(name, patterns, index):
     assert layer_index(name, patterns) == index
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"attention_p": 1.0}, r"attention_p must be in \[0, 1\), got 1.0"),
+        ({"attention_p": 1 - 2**-18}, r"attention_p must be in \[0, 1\), got 0.999996"),
+        ({"hidden_p": -0.1}, r"hidden_p must be in \[0, 1\), got -0.1"),
+        ({"hidden_p": "0.1"}, r"hidden_p must be in \[0, 1\), got '0.1'"),
+        ({"attention_pattern": "row"}, "attention_pattern must be one of column, element, span, got 'row'"),
+        ({"hidden_pattern": None}, "hidden_pattern must be one of column, element, span, got None"),
+        ({"loss": "mse"}, "loss must be 'kl', 'js' or None, got 'mse'"),
+        ({"loss_weight": -1}, "loss_weight must be a finite number >= 0, got -1"),
+        ({"both_branches": 1}, "both_branches must be a bool, got 1"),
+        ({"both_branches": True, "loss": "js"}, "both_branches needs loss='kl', two dropout passes, got 'js'"),
+        ({"disable_other_dropout": None}, "disable_other_dropout must be a bool, got None"),
+        ({"layers": "all"}, "layers must be 'auto', a list of indices >= 0 or a list of names, got 'all'"),
+        ({"layers": []}, r"layers must be 'auto', .* got \[\]"),
+        ({"layers": [0, -1]}, r"layers must be 'auto', .* got \[0, -1\]"),
+        ({"layers": [0, "block.1"]}, "layers must be 'auto'"),
+        ({"layers": [True]}, "layers must be 'auto'"),
+        ({"layers": 3}, "layers must be 'auto', .* got 3"),
+    ],
+)
+def test_hiddenkey_refused(arguments, message):
+    with pytest.raises((ValueError, TypeError), match=f"^HiddenKeyConfig: {message}"):
+        HiddenKeyConfig(**arguments)
+
+
+def test_hiddenkey_config_is_frozen_and_hashable():
+    config = HiddenKeyConfig(layers=[1, 2])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.loss = None
+    assert config.layers == (1, 2)
+    assert len({config, HiddenKeyConfig(layers=(1, 2))}) == 1

@@ -1,7 +1,7 @@
 """DropKey as an attention implementation of transformers, in its attention registry and its mask registry.
 
 Both registries matter: a name that only the first one knows makes transformers pass attention_mask=None, and padding is
-attended to. A module drops only while it trains and carries a DropKey mark; every other call goes, with its arguments as
+attended to. A module drops only while it trains and carries a DropKey mark; every other call goes on, its arguments as
 they came, to the implementation the model had before (scaled_dot_product_attention or the model's own eager code).
 """
 
@@ -33,6 +33,21 @@ class DropKey:
     ignore_bias: bool = False
 
 
+@dataclass(frozen=True)
+class StillSwitched:
+    """A forward pre-hook of a dropping module: training fails loudly if someone changed the implementation since."""
+
+    name: str
+
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        have = module.config._attn_implementation
+        if module.training and have != self.name:
+            raise ValueError(
+                f"apply_hiddenkey: the attention implementation was changed to {have!r}, which drops nothing; "
+                "call apply_hiddenkey again"
+            )
+
+
 def can_hook(module: nn.Module) -> bool:
     """Whether the module's own code looks attention up in transformers' registry."""
     return hasattr(sys.modules.get(type(module).__module__), "ALL_ATTENTION_FUNCTIONS")
@@ -50,8 +65,7 @@ def _attention(base, module, query, key, value, attention_mask, **kwargs):
         raise ValueError("dropkey_attention: softcap is not supported; leave this layer out of HiddenKeyConfig.layers")
     if attention_mask is not None and attention_mask.ndim != 4:
         raise ValueError(
-            f"dropkey_attention: the model's mask must be (B, 1, Sq, Sk), got {tuple(attention_mask.shape)}; "
-            "apply_hiddenkey again after changing the model's attention implementation"
+            f"dropkey_attention: the attention mask must be (B, 1, Sq, Sk), got {tuple(attention_mask.shape)}"
         )
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
@@ -104,10 +118,10 @@ def _mask(base, mask_function=causal_mask_function, **kwargs):
     mask = base(mask_function=mask_function, **kwargs)
     padding, offset = kwargs.get("attention_mask"), kwargs.get("q_offset")
     plain = mask_function is causal_mask_function and isinstance(offset, int) and offset == 0
-    if plain and kwargs.get("kv_length") == q_length and mask is not None and padding is not None:
-        # A tensor attribute, which a graph cannot carry: compiled code reads the whole mask.
-        if not torch.compiler.is_compiling():
-            mask.lorasp_keys = padding[:, None, None, :q_length]
+    square = plain and kwargs.get("kv_length") == q_length
+    # The padding goes along as an attribute, which a graph cannot carry: compiled code reads the whole mask.
+    if square and mask is not None and padding is not None and not torch.compiler.is_compiling():
+        mask.lorasp_keys = padding[:, None, None, :q_length]
     return mask
 
 

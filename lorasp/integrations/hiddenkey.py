@@ -155,7 +155,7 @@ class _Logits:
 
     def rows(self, batch: Mapping[str, Any], seen: Tensor) -> Tensor | None:
         """The rows with a label (..., S) of per-token logits (..., S, V); None for one label per sequence."""
-        return None if seen.ndim == 2 else _labelled(batch["labels"], seen, self.shifted)
+        return None if seen.ndim == 2 else _labelled(batch["labels"], self.shifted)
 
     def loss(self, first: Tensor, second: Tensor, kind: str, mask: Tensor | None) -> Tensor:
         return consistency_loss(first, second, kind, mask)
@@ -218,16 +218,14 @@ class _Head(_Logits):
         raise ValueError("hiddenkey_step: the model did not reach its output layer")
 
     def rows(self, batch: Mapping[str, Any], seen: Tensor) -> Tensor | None:
-        return _labelled(batch["labels"], seen, self.shifted)
+        return _labelled(batch["labels"], self.shifted)
 
     def loss(self, first: Tensor, second: Tensor, kind: str, mask: Tensor | None) -> Tensor:
         return linear_consistency_loss(first, second, self.head.weight, self.head.bias, kind, mask)
 
 
-def _labelled(labels: Tensor, seen: Tensor, shifted: bool) -> Tensor:
+def _labelled(labels: Tensor, shifted: bool) -> Tensor:
     """Which positions predict a label; a causal model's predict the next one."""
-    if labels.shape != seen.shape[:-1]:
-        raise ValueError(f"hiddenkey_step: labels must be {tuple(seen.shape[:-1])}, got {tuple(labels.shape)}")
     if shifted:
         labels = nn.functional.pad(labels[..., 1:], (0, 1), value=_IGNORED)
     return labels != _IGNORED

@@ -144,7 +144,7 @@ def apply_hiddenkey(model: nn.Module, config: HiddenKeyConfig) -> HiddenKeyRepor
 
 def remove_hiddenkey(model: nn.Module) -> None:
     """Undo apply_hiddenkey: attention implementation, hooks and dropout rates as they were; nothing if not applied."""
-    from lorasp.integrations.attention import NAMES
+    from lorasp.integrations.attention import NAMES, StillSwitched
 
     root = unwrap(model)
     for module in root.modules():
@@ -153,7 +153,7 @@ def remove_hiddenkey(model: nn.Module) -> None:
         if mark is not None and module.config._attn_implementation == NAMES[mark.base]:
             module.config._attn_implementation_internal = mark.base
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if isinstance(hook, HiddenCut)]:
+            for key in [key for key, hook in hooks.items() if isinstance(hook, HiddenCut | StillSwitched)]:
                 del hooks[key]
         for attribute, rate in vars(module).pop("lorasp_silenced", {}).items():
             setattr(module, attribute, rate)
@@ -234,8 +234,8 @@ def _check_attention(chosen: list[_Layer]) -> None:
             have = module.config._attn_implementation
             if have not in known:
                 raise ValueError(
-                    f"apply_hiddenkey: the attention implementation must be 'sdpa' or 'eager', got {have!r} for {name}; "
-                    "call model.set_attn_implementation('sdpa') first"
+                    f"apply_hiddenkey: the attention implementation must be 'sdpa' or 'eager', got {have!r} "
+                    f"for {name}; call model.set_attn_implementation('sdpa') first"
                 )
             if have == "eager" and getattr(module, "reorder_and_upcast_attn", False):
                 raise ValueError(
@@ -248,7 +248,7 @@ def _switch_attention(
     root: nn.Module, layers: list[_Layer], chosen: list[_Layer], config: HiddenKeyConfig
 ) -> tuple[dict[str, str], dict[str, float]]:
     """Marks on every attention module that shares a config with a chosen one; a copy of that config for this model."""
-    from lorasp.integrations.attention import NAMES, DropKey
+    from lorasp.integrations.attention import NAMES, DropKey, StillSwitched
 
     old = {id(module.config): module.config for layer in chosen for module in layer.attention.values()}
     new = {}
@@ -265,6 +265,7 @@ def _switch_attention(
                 p, config.attention_pattern, module.config._attn_implementation, name.endswith("EncDecAttention")
             )
             if p:
+                module.register_forward_pre_hook(StillSwitched(new[id(module.config)]._attn_implementation))
                 attention[name] = f"{config.attention_pattern} p={p:g}"
                 replaced |= {path: rate for path, _, rate in _own_dropout(name, module)}
     for module in root.modules():
