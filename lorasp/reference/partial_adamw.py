@@ -33,7 +33,7 @@ def step_(
     """
     wide = torch.promote_types(param.dtype, torch.float32)
     steps.add_(1 if active is None else active)
-    taken = steps.clamp(min=1).double()
+    taken = (steps.reshape(()) if active is None else steps).clamp(min=1).double()
     step_size = (lr / (1 - beta1**taken)).to(wide)
     correction = (1 - beta2**taken).sqrt().to(wide)
     g, m, v, p = (tensor.to(wide) for tensor in (grad, exp_avg, exp_avg_sq, param))
