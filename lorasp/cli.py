@@ -71,6 +71,9 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--dropout", type=float, default=0.0, help="lora_dropout of every adapter")
     bench.add_argument("--providers", nargs="+", metavar="NAME", help="see below (default: what suits the device)")
     bench.add_argument("--freeze-A", action="store_true", help="freeze A in every adapter (LoRA-FA)")
+    bench.add_argument(
+        "--members", type=_at_least(1), default=1, metavar="G", help="G layers that read one input, such as q, k and v"
+    )
     bench.add_argument("--prepack", action="store_true", help="CPU: add lorasp with a prepacked frozen weight")
     bench.add_argument("--rounds", type=_at_least(1), help="interleaved rounds (default: what fits --seconds, 5 to 41)")
     bench.add_argument("--seconds", type=float, default=20.0, help="time budget per shape and mode (default 20)")
@@ -110,7 +113,8 @@ providers:
   peft-half          PEFT, adapters in the layer's dtype (autocast_adapter_dtype=False)
   peft-half-compile  torch.compile of peft-half
   lorasp[:backend[:plan]]   e.g. lorasp, lorasp:cpp:fused, lorasp:triton:onepass, lorasp:reference
-flags: +fa freezes A (LoRA-FA); lorasp also takes +masters (fp32 A and B) and +prepack (CPU), e.g. lorasp+fa+prepack"""
+flags: +fa freezes A (LoRA-FA); lorasp also takes +sp (LoRA-SP, half of the features train), +shared (--members run as
+one group), +masters (fp32 A and B) and +prepack (CPU), e.g. lorasp+fa+prepack"""
 
 
 def _at_least(least: int):

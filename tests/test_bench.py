@@ -27,7 +27,7 @@ def providers(*names):
     "text",
     [
         "linear", "linear-train", "peft", "peft+fa", "peft-half", "peft-half-compile", "lorasp", "lorasp:cpp",
-        "lorasp:triton:onepass+fa", "lorasp:auto:fused", "lorasp+fa+masters+prepack",
+        "lorasp:triton:onepass+fa", "lorasp:auto:fused", "lorasp+fa+sp+shared+masters+prepack",
     ],
 )  # fmt: skip
 def test_a_provider_reads_as_it_is_written(text):
@@ -50,7 +50,7 @@ def test_a_provider_that_does_not_exist_is_refused(text, message):
 
 
 def test_a_shape_has_positive_sizes():
-    with pytest.raises(ValueError, match="must be >= 1, got 8, 0, 8, 4"):
+    with pytest.raises(ValueError, match="must be >= 1, got 8, 0, 8, 4, 1"):
         Shape(8, 0, 8, 4)
 
 
@@ -62,7 +62,7 @@ def test_flops_are_those_of_the_matrix_products(name, mode):
     with FlopCounterMode(display=False) as counter:
         y = candidate.forward()
         if mode == "forward+backward":
-            y.backward(candidate.workload.dy)
+            torch.autograd.backward(y, candidate.workload.dys)
     assert counter.get_total_flops() == bench.flops(SHAPE, provider, mode)
 
 
@@ -131,12 +131,15 @@ def test_quartiles():
     assert timing.quartiles([7.0]) == (7.0, 7.0, 7.0)
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_provider_is_measured_and_keeps_what_the_contract_says(dtype, dropout_p):
+@pytest.mark.parametrize(
+    ("dtype", "dropout_p", "members"),
+    [(torch.float32, 0.0, 1), (torch.bfloat16, 0.25, 1), (torch.bfloat16, 0.0, 3), (torch.float32, 0.25, 2)],
+)
+def test_every_provider_is_measured_and_keeps_what_the_contract_says(dtype, dropout_p, members):
     names = ["linear", "linear-train", "peft", "peft-half", "peft-half+fa", "lorasp", "lorasp+fa", "lorasp+masters"]
     names += ["lorasp:reference", "lorasp:reference+fa"]
-    shape = dataclasses.replace(SHAPE, bias=True)
+    shape = dataclasses.replace(SHAPE, bias=True, members=members)
+    names += ["lorasp+sp", "lorasp+sp+fa"] + ["lorasp+shared", "lorasp+sp+shared", "lorasp+fa+shared"] * (members > 1)
     (result,) = bench.run([shape], providers(*names), dtype=dtype, dropout_p=dropout_p, rounds=2)
     assert result.unavailable == {}
     assert [(m.provider.name, m.mode) for m in result.measurements] == [(n, mode) for mode in MODES for n in names]
@@ -146,7 +149,7 @@ def test_every_provider_is_measured_and_keeps_what_the_contract_says(dtype, drop
         assert 0 < m.ratio_q1 <= m.ratio <= m.ratio_q3
         assert m.peak_bytes is None
         if not m.provider.kind.startswith("peft"):
-            assert m.saved_bytes == bench.contract_bytes(SHAPE, m.provider, dtype.itemsize, dropout_p), m.provider.name
+            assert m.saved_bytes == bench.contract_bytes(shape, m.provider, dtype.itemsize, dropout_p), m.provider.name
 
 
 def test_a_provider_that_cannot_run_here_is_listed_with_the_reason(monkeypatch):
@@ -158,14 +161,14 @@ def test_a_provider_that_cannot_run_here_is_listed_with_the_reason(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["lorasp", "peft-half"])
-@pytest.mark.parametrize("broken", ["y", "dx", "dlora_A", "dlora_B"])
+@pytest.mark.parametrize("broken", ["y0", "dx", "dlora_A0", "dlora_B0"])
 def test_a_wrong_result_is_never_timed(name, broken):
     workload = workloads.make_workload(SHAPE, torch.float32, CPU)
     candidate = workloads.build(Provider.parse(name), workload)
     workloads.verify(candidate)
-    if broken == "y":
+    if broken == "y0":
         right = candidate.forward
-        candidate.forward = lambda: right() + 0.01
+        candidate.forward = lambda: [y + 0.01 for y in right()]
     else:
         dict(zip(candidate.names, candidate.inputs, strict=True))[broken].register_hook(lambda grad: grad * 1.01)
     with pytest.raises(AssertionError, match=f"{name} {broken} at 24×40×56 r4: error"):
@@ -251,12 +254,13 @@ def test_freeze_A_and_prepack_apply_to_every_adapter(arguments, expected):
 
 
 def test_a_wrong_provider_stops_the_benchmark(tmp_path, capsys, monkeypatch):
-    right = lora_linear.forward_ops["reference"]
-    monkeypatch.setitem(lora_linear.forward_ops, "cpp", lambda *a: [2 * t for t in right(*a[:-2], "auto", None)])
+    forward, backward = lora_linear.forward_ops["reference"], lora_linear.backward_ops["reference"]
+    monkeypatch.setitem(lora_linear.forward_ops, "cpp", lambda *a: [2 * t for t in forward(*a[:-2], "auto", None)])
+    monkeypatch.setitem(lora_linear.backward_ops, "cpp", lambda *a: backward(*a[:-2], "auto", None))
     monkeypatch.setattr(registry, "_cpp_missing", None)
     arguments = ["--mknr", "8,16,16,2", "--rounds", "1", "--providers", "lorasp:cpp", "--dtype", "fp32"]
     assert cli.main(["bench", *arguments, "--out", str(tmp_path)]) == 1
-    assert "wrong result, nothing is timed: lorasp:cpp y at 8×16×16 r2: error" in capsys.readouterr().err
+    assert "wrong result, nothing is timed: lorasp:cpp y0 at 8×16×16 r2: error" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -94,14 +94,18 @@ def test_check_takes_every_backend_that_runs_here(capsys):
     ("op", "result", "tensor"), [("forward_ops", 0, "y"), ("backward_ops", 0, "dx"), ("backward_ops", 2, "dlora_B")]
 )
 def test_check_catches_a_broken_backend(op, result, tensor, capsys, monkeypatch):
-    right = getattr(lora_linear, op)["reference"]
+    def stand_in(right, wrong):
+        def call(*arguments):
+            results = list(right(*arguments[:-2], "auto", None))  # without plan and packed weight
+            if wrong:
+                results[result] = results[result] * 1.5
+            return tuple(results)
 
-    def broken(*arguments):
-        results = list(right(*arguments[:-2], "auto", None))  # without plan and packed weight
-        results[result] = results[result] * 1.5
-        return tuple(results)
+        return call
 
-    monkeypatch.setitem(getattr(lora_linear, op), "cpp", broken)
+    for name in ("forward_ops", "backward_ops"):
+        table = getattr(lora_linear, name)
+        monkeypatch.setitem(table, "cpp", stand_in(table["reference"], name == op))
     monkeypatch.setattr(registry, "_cpp_missing", None)
     assert cli.main([*CHECK, "--backend", "cpp", "--dtype", "fp32"]) == 1
     shown = capsys.readouterr().out

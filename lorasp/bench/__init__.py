@@ -143,7 +143,7 @@ def _measurement(candidate: Candidate, mode: str, sample: list[tuple[float, floa
     ms_q1, ms, ms_q3 = quartiles([1e3 * took for took, _ in sample])
     ratio_q1, ratio, ratio_q3 = quartiles([value for _, value in sample])
     with candidate.context():
-        saved = saved_bytes(candidate.forward, exclude=(candidate.layer, *candidate.weight_copies()))
+        saved = saved_bytes(candidate.forward, exclude=candidate.layers)
         peak = peak_bytes(_function(candidate, mode), workload.x.device)
     return Measurement(
         shape=shape,

@@ -8,7 +8,9 @@ FLOPs of one layer, M tokens, K in, N out, rank R (a multiply-add is two):
 
 Bytes that must move at least once, e bytes per element: forward e(MK + NK + MN), backward e(MN + NK + MK); LoRA adds
 e(RK + NR + MR) to forward and e(RK + 2NR + MR) to backward, e(MK + RK) more (x, dA) if A trains.
-Saved for backward beyond weights: e(MR) for LoRA-FA, e(MK + MR) if A trains, 8 bytes of seed with dropout.
+Saved for backward beyond weights: e(MR) for LoRA-FA, e(MK + MR) if A trains, 8 bytes of seed with dropout. LoRA-SP
+trains A on J of the K features and B on I of the N: e(M|J| + MR) saved, 2MR|I| for dB, 2MR|J| for dA.
+G layers that read one x (Shape.members): everything G times but x, its gradient, and what is kept of x.
 """
 
 import contextlib
@@ -19,13 +21,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from lorasp import selection
+from lorasp.config import PartialConfig
+from lorasp.selection import Site
+
 MODES = ("forward+backward", "forward")
 BASE = "linear"
 
 
 @dataclass(frozen=True)
 class Shape:
-    """M tokens, K features in, N features out, rank R; whether the layer has a bias."""
+    """M tokens, K features in, N features out, rank R; whether there is a bias; how many such layers read one x."""
 
     M: int
     K: int
@@ -33,14 +39,16 @@ class Shape:
     R: int
     name: str = ""
     bias: bool = False
+    members: int = 1
 
     def __post_init__(self):
-        if min(self.M, self.K, self.N, self.R) < 1:
-            raise ValueError(f"Shape: M, K, N, R must be >= 1, got {self.M}, {self.K}, {self.N}, {self.R}")
+        if min(self.M, self.K, self.N, self.R, self.members) < 1:
+            sizes = f"{self.M}, {self.K}, {self.N}, {self.R}, {self.members}"
+            raise ValueError(f"Shape: M, K, N, R, members must be >= 1, got {sizes}")
 
     @property
     def label(self) -> str:
-        sizes = f"{self.M}×{self.K}×{self.N} r{self.R}"
+        sizes = f"{self.M}×{self.K}×{self.N} r{self.R}" + (f" ×{self.members}" if self.members > 1 else "")
         return f"{self.name} {sizes}" if self.name else sizes
 
 
@@ -65,9 +73,10 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
 class Provider:
     """What is timed: a kind, for lorasp a backend and a plan, and flags.
 
-    Written `kind[:backend[:plan]][+fa][+masters][+prepack]`: peft-half+fa, lorasp, lorasp:cpp+fa+prepack,
-    lorasp:triton:fused. fa: A is frozen (LoRA-FA); masters: A and B in fp32 under half-precision x; prepack: the frozen
-    weight also in the CPU kernels' own layout.
+    Written `kind[:backend[:plan]][+fa][+sp][+shared][+masters][+prepack]`: peft-half+fa, lorasp, lorasp:cpp+fa+prepack,
+    lorasp:triton:fused. fa: A is frozen (LoRA-FA); sp: half of the features of A and B train (LoRA-SP); shared: the
+    layers that read one x run as one group; masters: A and B in fp32 under half-precision x; prepack: the frozen weight
+    also in the CPU kernels' own layout.
     """
 
     kind: str
@@ -76,6 +85,8 @@ class Provider:
     freeze_A: bool = False
     masters: bool = False
     prepack: bool = False
+    partial: bool = False
+    shared: bool = False
 
     KINDS: ClassVar = {
         "linear": "nn.Linear, weight frozen",
@@ -86,28 +97,31 @@ class Provider:
         "lorasp": "lorasp",
     }
 
+    FLAGS: ClassVar = {
+        "fa": "freeze_A", "sp": "partial", "shared": "shared", "masters": "masters", "prepack": "prepack",
+    }  # fmt: skip
+
     @classmethod
     def parse(cls, text: str) -> "Provider":
-        """Raises ValueError for anything that is not `kind[:backend[:plan]][+fa][+masters][+prepack]`."""
+        """Raises ValueError for anything that is not `kind[:backend[:plan]][+flag]...`."""
         name, *flags = text.split("+")
         kind, *rest = name.split(":")
         if kind not in cls.KINDS:
             raise ValueError(f"Provider: kind must be one of {', '.join(cls.KINDS)}, got {kind!r}")
         if len(rest) > 2 or (rest and kind != "lorasp"):
             raise ValueError(f"Provider: only lorasp takes :backend:plan, got {text!r}")
-        takes = {"linear": (), "linear-train": (), "lorasp": ("fa", "masters", "prepack")}.get(kind, ("fa",))
+        takes = {"linear": (), "linear-train": (), "lorasp": tuple(cls.FLAGS)}.get(kind, ("fa",))
         for flag in flags:
             if flag not in takes:
                 raise ValueError(f"Provider: flags of {kind} are {', '.join(takes) or 'none'}, got {text!r}")
-        return cls(kind, *rest, freeze_A="fa" in flags, masters="masters" in flags, prepack="prepack" in flags)
+        return cls(kind, *rest, **{field: flag in flags for flag, field in cls.FLAGS.items()})
 
     @property
     def name(self) -> str:
         parts = [self.kind, self.backend, self.plan]
         while parts[-1] == "auto":
             parts.pop()
-        flags = "+fa" * self.freeze_A + "+masters" * self.masters + "+prepack" * self.prepack
-        return ":".join(parts) + flags
+        return ":".join(parts) + "".join(f"+{flag}" for flag, field in self.FLAGS.items() if getattr(self, field))
 
     @property
     def adapts(self) -> bool:
@@ -119,19 +133,30 @@ class Unavailable(Exception):
 
 
 @dataclass
-class Workload:
-    """One layer's tensors. x requires grad; dy (M, N) is the gradient that arrives."""
+class Member:
+    """The tensors of one layer; dy (M, N) is the gradient that arrives."""
 
-    shape: Shape
-    x: Tensor
     weight: Tensor
     bias: Tensor | None
     lora_A: Tensor
     lora_B: Tensor
     dy: Tensor
+
+
+@dataclass
+class Workload:
+    """Layers that read one x, which requires grad."""
+
+    shape: Shape
+    x: Tensor
+    members: tuple[Member, ...]
     scale: float
     dropout_p: float
     references: dict[tuple, dict[str, Tensor]] = field(default_factory=dict)
+
+    @property
+    def dys(self) -> tuple[Tensor, ...]:
+        return tuple(member.dy for member in self.members)
 
 
 @dataclass
@@ -140,44 +165,56 @@ class Candidate:
 
     provider: Provider
     workload: Workload
-    forward: Callable[[], Tensor]
+    layers: nn.ModuleList
+    calls: tuple[Callable[[Tensor], Tensor], ...]
     inputs: tuple[Tensor, ...]
     names: tuple[str, ...]
-    layer: nn.Module
     context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
-    def step(self) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(self.forward(), self.inputs, self.workload.dy)
+    def forward(self) -> tuple[Tensor, ...]:
+        x = self.workload.x
+        return tuple(call(x) for call in self.calls)
 
-    def weight_copies(self) -> tuple[Tensor, ...]:
-        """The packed copies of the frozen weight: weights, not activations."""
-        packed = getattr(self.layer, "_packed", None)
-        return () if packed is None else tuple(packed.weight)
+    def step(self) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(self.forward(), self.inputs, self.workload.dys)
 
 
 def with_tokens(shapes: Sequence[Shape], tokens: int) -> tuple[Shape, ...]:
     return tuple(replace(shape, M=tokens) for shape in shapes)
 
 
+def _trained(shape: Shape, provider: Provider) -> tuple[int, int]:
+    """(features of x that A trains on, output features that B trains on)."""
+    if not provider.partial:
+        return shape.K, shape.N
+    site = Site("", "", ("",), shape.K, shape.N, shape.R, False)
+    chosen = selection.draw(PartialConfig(), site)
+    return int(chosen.active_A.sum()), int(chosen.active_B.sum())
+
+
 def flops(shape: Shape, provider: Provider, mode: str) -> int:
     """Floating-point operations the provider's mathematics needs; the module docstring has the formulas."""
     m, k, n, r = shape.M, shape.K, shape.N, shape.R
-    total = 2 * m * k * n + (2 * m * r * (k + n) if provider.adapts else 0)
+    columns, rows = _trained(shape, provider)
+    total = 2 * m * k * n + (2 * m * r * (k + rows) if provider.adapts else 0)
     if mode == "forward+backward":
         total += 2 * m * k * n * (2 if provider.kind == "linear-train" else 1)
         if provider.adapts:
-            total += 2 * m * r * (k + 2 * n) + (0 if provider.freeze_A else 2 * m * r * k)
-    return total
+            total += 2 * m * r * (k + 2 * rows) + (0 if provider.freeze_A else 2 * m * r * columns)
+    return total * shape.members
 
 
 def min_bytes(shape: Shape, provider: Provider, mode: str, element: int) -> int:
     """Bytes that must move between memory and the cores at least once, `element` bytes per element."""
-    m, k, n, r = shape.M, shape.K, shape.N, shape.R
-    count = m * k + n * k + m * n + (r * k + n * r + m * r if provider.adapts else 0)
+    m, k, n, r, members = shape.M, shape.K, shape.N, shape.R, shape.members
+    columns, rows = _trained(shape, provider)
+    count = m * k + members * (n * k + m * n + (r * k + rows * r + m * r if provider.adapts else 0))
     if mode == "forward+backward":
-        count += m * n + n * k + m * k + (m * k + n * k if provider.kind == "linear-train" else 0)
+        count += m * k + members * (m * n + n * k)
+        count += m * k + members * n * k if provider.kind == "linear-train" else 0
         if provider.adapts:
-            count += r * k + 2 * n * r + m * r + (0 if provider.freeze_A else m * k + r * k)
+            count += members * (r * k + 2 * rows * r + m * r)
+            count += 0 if provider.freeze_A else m * columns + members * r * columns
     return count * element
 
 
@@ -185,8 +222,11 @@ def contract_bytes(shape: Shape, provider: Provider, element: int, dropout_p: fl
     """What lorasp's memory contract lets backward keep beyond weights."""
     if not provider.adapts:
         return shape.M * shape.K * element if provider.kind == "linear-train" else 0
-    kept = shape.M * shape.R + (0 if provider.freeze_A else shape.M * shape.K)
-    return kept * element + (8 if dropout_p else 0)
+    copies = shape.members if provider.partial and not provider.shared else 1
+    seeds = 1 if provider.shared else shape.members
+    kept = shape.members * shape.M * shape.R
+    kept += 0 if provider.freeze_A else shape.M * _trained(shape, provider)[0] * copies
+    return kept * element + (8 * seeds if dropout_p else 0)
 
 
 def floor(shape: Shape, provider: Provider, mode: str = MODES[0]) -> float:

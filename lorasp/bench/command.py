@@ -30,13 +30,14 @@ def choose_shapes(options: argparse.Namespace, device: torch.device) -> list[Sha
         if tokens is None and device.type == "cpu" and any(shape.name for shape in bench.SHAPES[name]):
             tokens = _CPU_TOKENS
         shapes += bench.SHAPES[name] if tokens is None else bench.with_tokens(bench.SHAPES[name], tokens)
-    return shapes + [Shape(*sizes) for sizes in options.mknr or ()]
+    shapes += [Shape(*sizes) for sizes in options.mknr or ()]
+    return [replace(shape, members=options.members) for shape in shapes]
 
 
 def choose_providers(options: argparse.Namespace, device: torch.device) -> list[Provider]:
     """The providers asked for, or what suits the device. Raises UsageError for one that does not exist."""
     if options.providers is None:
-        return workloads.default_providers(device, options.freeze_A, options.prepack)
+        return workloads.default_providers(device, options.freeze_A, options.prepack, options.members > 1)
     try:
         providers = [Provider.parse(name) for name in options.providers]
     except ValueError as error:
@@ -81,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
         return 1
     sets = [*set_names(options, device), *["own"] * bool(options.mknr)]
     environment = {"device": machine, **versions, "rules": rules}
-    path = options.out / f"{report.stem(sets, machine, dtype, options.dropout)}.csv"
+    path = options.out / f"{report.stem(sets, machine, dtype, options.dropout, options.members)}.csv"
     report.write_csv(path, results, environment)
     print(f"wrote {path}")
     _plot(path, results, machine, dtype, options.dropout, versions)

@@ -78,10 +78,11 @@ def _row(m: Measurement, environment: dict[str, str]) -> dict[str, object]:
     return {**head, "floor_flops": f"{bench.floor(m.shape, m.provider, m.mode):.4f}", **environment}
 
 
-def stem(sets: Sequence[str], device: str, dtype: str, dropout_p: float) -> str:
-    """File name without suffix: shape sets, device, dtype, dropout and today's date."""
+def stem(sets: Sequence[str], device: str, dtype: str, dropout_p: float, members: int = 1) -> str:
+    """File name without suffix: shape sets, device, dtype, dropout, layers per x and today's date."""
     words = "".join(c if c.isalnum() else " " for c in device.replace("(R)", "").replace("(TM)", "")).split()
     drop = f"-dropout{dropout_p:g}" if dropout_p else ""
+    drop += f"-members{members}" if members > 1 else ""
     return f"lora_linear-{'-'.join([*sets, *words])}-{dtype}{drop}-{datetime.date.today():%Y%m%d}".lower()
 
 
@@ -126,9 +127,12 @@ def plot(path: Path, results: Sequence[ShapeResult], machine: str, subtitle: str
 
 
 def _colour_map(providers: Sequence[Provider]) -> dict[Provider, str]:
-    variants = list(dict.fromkeys((p.backend, p.plan, p.prepack) for p in providers if p.kind == "lorasp"))
+    def variant(p: Provider) -> tuple:
+        return p.backend, p.plan, p.prepack, p.partial, p.shared
+
+    variants = list(dict.fromkeys(variant(p) for p in providers if p.kind == "lorasp"))
     return {
-        p: _LORASP_COLOURS[variants.index((p.backend, p.plan, p.prepack)) % len(_LORASP_COLOURS)]
+        p: _LORASP_COLOURS[variants.index(variant(p)) % len(_LORASP_COLOURS)]
         if p.kind == "lorasp"
         else _COLOURS[p.kind]
         for p in providers
