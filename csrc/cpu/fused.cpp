@@ -85,13 +85,11 @@ struct MaskRows final : KeepRows {
   }
 };
 
-Tensor product(const Fused& f, const Tensor& a, const Source& source, GemmParams params) {
+void product(const Fused& f, const Tensor& a, const Source& source, GemmParams params, const Tensor& y) {
   params.M = a.size(0), params.a = a.const_data_ptr(), params.lda = params.M > 1 ? a.stride(0) : a.size(1);
   params.w = source.operand, params.packed = panels_of(*f.kernel, f.packed, source.operand), params.scale = f.scale;
-  Tensor y = at::empty({params.M, source.operand.columns}, a.options());
   params.y = y.mutable_data_ptr(), params.ldy = source.operand.columns;
   gemm(*f.kernel, params);
-  return y;
 }
 
 }  // namespace
@@ -108,36 +106,32 @@ const GemmKernel* fused_kernel(DType dtype) {
   return nullptr;
 }
 
-bool fused_wins(DType dtype, int64_t M, bool packed, bool second_pass) {
-  if (fused_kernel(dtype) == nullptr) return false;
-  if (dtype == DType::kBF16 && active_isa() == Isa::kAmx) return packed || M <= 256 || !second_pass;
-  // Elsewhere the libraries run at the chip's limit, except on few rows.
-  if (dtype == DType::kBF16) return M <= (packed ? 64 : 16);
-  return packed && M <= 64;
-}
-
-Tensor fused_forward(const Fused& f, const Tensor& x, const Tensor& weight, const OptionalTensor& bias, void* xa) {
+Tensor fused_forward(const Fused& f, const Tensor& x, const Tensor& weight, const OptionalTensor& bias, void* xa,
+                     const RowVisitor* visitor) {
   const int64_t N = weight.size(0), K = weight.size(1);
   const Tensor bias32 = bias ? bias->to(at::kFloat).contiguous() : Tensor();
   GemmParams params{};
   params.q = {f.A, K, true, f.R, K};
   params.p = {f.B, f.R, true, N, f.R};
   params.bias = bias ? bias32.const_data_ptr<float>() : nullptr;
-  params.s = xa;
+  params.s = xa, params.lds = f.R, params.visitor = visitor;
   std::optional<MaskRows> keep;
   if (f.keep) keep.emplace(*f.keep, K, kernels(dtype_of(x)).keep_bits), params.keep_a = &*keep;
-  return product(f, x, Source(weight, false), params);
+  Tensor y = at::empty({x.size(0), N}, x.options());
+  product(f, x, Source(weight, false), params, y);
+  return y;
 }
 
-Tensor fused_backward(const Fused& f, const Tensor& dy, const Tensor& weight, void* g) {
+void fused_backward(const Fused& f, const Tensor& dy, const Tensor& weight, void* g, int64_t ldg, const Tensor& dx,
+                    bool accumulate) {
   const int64_t N = weight.size(0), K = weight.size(1);
   GemmParams params{};
   params.q = {f.B, f.R, false, f.R, N};
   params.p = {f.A, K, false, K, f.R};
-  params.s = g;
+  params.s = g, params.lds = ldg, params.accumulate = accumulate;
   std::optional<MaskRows> keep;
   if (f.keep) keep.emplace(*f.keep, K, kernels(dtype_of(dy)).keep_bits), params.keep_y = &*keep;
-  return product(f, dy, Source(weight, true), params);
+  product(f, dy, Source(weight, true), params, dx);
 }
 
 TORCH_LIBRARY_IMPL(lorasp, CPU, m) { m.impl("pack_weight_cpp", &pack_weight_cpu); }

@@ -1,4 +1,4 @@
-// Plan `fused`: the low-rank term rides in the frozen product's own accumulators (gemm.h). One packed weight per
+// Plan `fused` (plan.h): the low-rank term rides in the frozen product's own accumulators (gemm.h). One packed weight per
 // direction may be prepared ahead (`lorasp::pack_weight_cpp`); without one, the weight is packed on the way.
 #pragma once
 #include <ATen/core/Tensor.h>
@@ -25,15 +25,12 @@ struct Fused {
 // The register tile for `dtype` in the active instruction set; nullptr where there is none.
 const GemmKernel* fused_kernel(DType dtype);
 
-// Whether plan `auto` takes this plan: where it was measured to be the faster one. second_pass: plan `addmm` would
-// share its own pass with work that is there anyway (the mask of x or dx, the gradient of A).
-bool fused_wins(DType dtype, int64_t M, bool packed, bool second_pass);
-
-// y = x weight^T + bias + xa B^T with xa (M, R) = round(scale * (keep o x) A^T), which is written too.
+// y = x weight^T + bias + xa B^T with xa (M, R) = round(scale * (keep o x) A^T), contiguous, which is written too.
 at::Tensor fused_forward(const Fused& f, const at::Tensor& x, const at::Tensor& weight,
-                         const std::optional<at::Tensor>& bias, void* xa);
+                         const std::optional<at::Tensor>& bias, void* xa, const RowVisitor* visitor = nullptr);
 
-// dx = dy weight + keep o (g A) with g (M, R) = round(scale * dy B), which is written too.
-at::Tensor fused_backward(const Fused& f, const at::Tensor& dy, const at::Tensor& weight, void* g);
+// dx (M, K) [+]= dy weight + keep o (g A) with g (M, R) = round(scale * dy B), rows ldg apart, which is written too.
+void fused_backward(const Fused& f, const at::Tensor& dy, const at::Tensor& weight, void* g, int64_t ldg,
+                    const at::Tensor& dx, bool accumulate);
 
 }  // namespace lorasp

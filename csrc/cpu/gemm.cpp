@@ -79,7 +79,7 @@ struct Layout {
 
   int64_t rows(int64_t block) const { return std::min(kernel.mr, p.M - block * kernel.mr); }
   unsigned char* s_row(int64_t block) const {
-    return static_cast<unsigned char*>(p.s) + block * kernel.mr * R * kernel.element_size;
+    return static_cast<unsigned char*>(p.s) + block * kernel.mr * p.lds * kernel.element_size;
   }
   void pack_panels(int64_t first, int64_t count, unsigned char* out) const {
     kernel.pack_panels(columns_of(kernel, p.w, first * kernel.nr, count * kernel.nr), panel_bytes, out);
@@ -128,7 +128,7 @@ struct Rows {
 };
 
 void pack_low_rank_rows(const Layout& l, int64_t block, unsigned char* low_rank, unsigned char* keep_y) {
-  l.kernel.pack_rows(l.s_row(block), l.R, l.rows(block), l.R, nullptr, 0, low_rank);
+  l.kernel.pack_rows(l.s_row(block), l.p.lds, l.rows(block), l.R, nullptr, 0, low_rank);
   if (l.p.keep_y)
     for (int64_t r = 0; r < l.rows(block); ++r) l.p.keep_y->fill(block * l.kernel.mr + r, keep_y + r * l.keep_y_stride);
 }
@@ -138,6 +138,11 @@ void pack_main_rows(const Layout& l, int64_t block, int64_t first_step, int64_t 
   const auto* a =
       static_cast<const unsigned char*>(l.p.a) + (block * k.mr * l.p.lda + first_step * k.kr) * k.element_size;
   k.pack_rows(a, l.p.lda, l.rows(block), std::min(steps * k.kr, l.D - first_step * k.kr), nullptr, 0, main);
+}
+
+// A row block is packed segment by segment; shown with its first.
+void visit_rows(const Layout& l, int64_t block) {
+  if (l.p.visitor) l.p.visitor->visit(block * l.kernel.mr, l.rows(block));
 }
 
 // projected += (keep_a o a) q over one segment of one row block; at the depth's end s is rounded and written.
@@ -160,8 +165,8 @@ void project(const Layout& l, int64_t block, int64_t first_step, int64_t steps, 
       k.block(rows + step * l.a_step_bytes, q + j * l.panel_bytes + (first_step + step) * l.b_step_bytes,
               std::min(k.group_steps, steps - step), nullptr, nullptr, 0, first_step + step > 0, c);
     if (first_step + steps == l.steps)
-      k.store(c, l.rows(block), std::min(k.nr, l.R - j * k.nr), l.p.scale, nullptr,
-              l.s_row(block) + j * k.nr * k.element_size, l.R);
+      k.store(c, l.rows(block), std::min(k.nr, l.R - j * k.nr), l.p.scale, nullptr, false,
+              l.s_row(block) + j * k.nr * k.element_size, l.p.lds);
   }
 }
 
@@ -190,7 +195,7 @@ void multiply_panel(const Layout& l, const Rows& rows, int64_t first, int64_t bl
           k.add_selected(own.term, rows.keep_y + i * k.mr * l.keep_y_stride + n / 8, l.keep_y_stride, c);
         }
         const int64_t m = (first + i) * k.mr;
-        k.store(c, l.rows(first + i), columns, 1.0f, bias ? bias + n : nullptr,
+        k.store(c, l.rows(first + i), columns, 1.0f, bias ? bias + n : nullptr, l.p.accumulate,
                 static_cast<unsigned char*>(l.p.y) + (m * l.p.ldy + n) * k.element_size, l.p.ldy);
       }
     }
@@ -210,6 +215,7 @@ void multiply_few_rows(const Layout& whole, const unsigned char* q, const float*
     for (int64_t i = begin; i < end; ++i) {
       unsigned char* main = rows.main + i * l.steps * l.a_step_bytes;
       pack_main_rows(l, i, 0, l.steps, main);
+      visit_rows(l, i);
       project(l, i, 0, l.steps, main, q, own.projected, own);
       pack_low_rank_rows(l, i, rows.low_rank + i * l.low_rank_row_bytes, rows.keep_y + i * k.mr * l.keep_y_stride);
     }
@@ -312,6 +318,7 @@ void multiply_many_rows(const Layout& l, const unsigned char* q, const float* bi
           for (int64_t i = 0; i < blocks; ++i) {
             unsigned char* row = rows.main + i * steps * l.a_step_bytes;
             pack_main_rows(l, first + i, step, steps, row);
+            if (first_panel == 0 && step == 0) visit_rows(l, first + i);
             if (first_panel == 0)
               project(l, first + i, step, steps, row, q, own.projected + i * l.low_rank_panels * l.tile, own);
             if (step + steps == l.steps)

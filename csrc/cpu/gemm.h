@@ -1,5 +1,5 @@
 // The frozen product with the low-rank update as extra depth of the same accumulators:
-//     y (M, N) = a (M, D) w + s (M, R) p + bias        s = round(scale * (keep_a o a) q)        keep_y o (s p) for s p
+//     y (M, N) [+]= a (M, D) w + s (M, R) p + bias     s = round(scale * (keep_a o a) q)        keep_y o (s p) for s p
 //     forward:  a = x,  w = weight^T, q = lora_A^T, p = lora_B^T, s = xa, keep_a the dropout mask
 //     backward: a = dy, w = weight,   q = lora_B,   p = lora_A,   s = g,  keep_y the dropout mask
 // so that a is read once and y written once. Torch-free except for the driver's threads. Invariants: packed operands
@@ -36,8 +36,9 @@ struct GemmKernel {
                 int64_t extra_steps, bool accumulate, float* c);
   // c += term where the bit is 1
   void (*add_selected)(const float* term, const unsigned char* bits, int64_t stride_bytes, float* c);
-  // y = round(scale * c + bias); bias: fp32, nr of them, or null
-  void (*store)(const float* c, int64_t rows, int64_t columns, float scale, const float* bias, void* y, int64_t ldy);
+  // y = round([y +] scale * c + bias); bias: fp32, nr of them, or null
+  void (*store)(const float* c, int64_t rows, int64_t columns, float scale, const float* bias, bool accumulate, void* y,
+                int64_t ldy);
   void (*enter)();
   void (*leave)();
 };
@@ -54,6 +55,14 @@ struct KeepRows {
   ~KeepRows() = default;
 };
 
+// Is shown every row of a once, while it is in a cache close by.
+struct RowVisitor {
+  virtual void visit(int64_t first, int64_t rows) const = 0;
+
+ protected:
+  ~RowVisitor() = default;
+};
+
 struct GemmParams {
   int64_t M;
   const void* a;
@@ -66,9 +75,12 @@ struct GemmParams {
   const KeepRows* keep_a;
   const KeepRows* keep_y;
   const float* bias;  // fp32 (N,), or null
-  void* s;            // (M, R), contiguous, written
+  const RowVisitor* visitor;  // or null
+  void* s;                    // (M, R), written
+  int64_t lds;
   void* y;
   int64_t ldy;
+  bool accumulate;  // y += instead of y =
 };
 
 int64_t packed_weight_bytes(const GemmKernel& kernel, int64_t columns, int64_t depth);

@@ -150,15 +150,23 @@ void add_selected(const float* term, const unsigned char* bits, int64_t stride_b
   }
 }
 
-void store(const float* c, int64_t rows, int64_t columns, float scale, const float* bias, void* y, int64_t ldy) {
+__m512 widen(__m256i halves) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16)); }
+
+void store(const float* c, int64_t rows, int64_t columns, float scale, const float* bias, bool accumulate, void* y,
+           int64_t ldy) {
   bf16* out = static_cast<bf16*>(y);
   const __mmask32 mask = tail_mask(columns);
   const __m512 factor = _mm512_set1_ps(scale);
   const __m512 bias0 = bias ? _mm512_loadu_ps(bias) : _mm512_setzero_ps();
   const __m512 bias1 = bias ? _mm512_loadu_ps(bias + 16) : _mm512_setzero_ps();
   for (int64_t r = 0; r < rows; ++r, c += kNR, out += ldy) {
-    const __m512 low = _mm512_fmadd_ps(_mm512_load_ps(c), factor, bias0);
-    const __m512 high = _mm512_fmadd_ps(_mm512_load_ps(c + 16), factor, bias1);
+    __m512 low = _mm512_fmadd_ps(_mm512_load_ps(c), factor, bias0);
+    __m512 high = _mm512_fmadd_ps(_mm512_load_ps(c + 16), factor, bias1);
+    if (accumulate) {
+      const __m512i old = _mm512_maskz_loadu_epi16(mask, out);
+      low = _mm512_add_ps(low, widen(_mm512_castsi512_si256(old)));
+      high = _mm512_add_ps(high, widen(_mm512_extracti64x4_epi64(old, 1)));
+    }
     _mm512_mask_storeu_epi16(out, mask, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
   }
 }

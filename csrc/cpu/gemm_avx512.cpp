@@ -39,6 +39,10 @@ struct F32 {
   static __m512 multiply_add(__m512 c, __m512i b, __m512i a) {
     return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), c);
   }
+  static void add(const float* y, int64_t columns, __m512 c[kVectors]) {
+    for (int j = 0; j < kVectors; ++j)
+      c[j] = _mm512_add_ps(c[j], _mm512_maskz_loadu_ps(tail16(columns - j * 16), y + j * 16));
+  }
   static void store(float* y, int64_t columns, const __m512 c[kVectors]) {
     for (int j = 0; j < kVectors; ++j) _mm512_mask_storeu_ps(y + j * 16, tail16(columns - j * 16), c[j]);
   }
@@ -66,6 +70,12 @@ struct Bf16 {
   }
   static __m512 multiply_add(__m512 c, __m512i b, __m512i a) {
     return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(b), reinterpret_cast<__m512bh>(a));
+  }
+  static void add(const uint16_t* y, int64_t columns, __m512 c[kVectors]) {
+    for (int j = 0; j < kVectors; ++j) {
+      const __m256i old = _mm256_maskz_loadu_epi16(tail16(columns - j * 16), y + j * 16);
+      c[j] = _mm512_add_ps(c[j], _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(old), 16)));
+    }
   }
   static void store(uint16_t* y, int64_t columns, const __m512 c[kVectors]) {
     _mm512_mask_storeu_epi16(y, tail32(columns), reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(c[1], c[0])));
@@ -174,7 +184,8 @@ void add_selected(const float* term, const unsigned char* bits, int64_t stride_b
 }
 
 template <class T>
-void store(const float* c, int64_t rows, int64_t columns, float scale, const float* bias, void* y, int64_t ldy) {
+void store(const float* c, int64_t rows, int64_t columns, float scale, const float* bias, bool accumulate, void* y,
+           int64_t ldy) {
   auto* out = static_cast<typename T::Element*>(y);
   const __m512 factor = _mm512_set1_ps(scale);
   for (int64_t r = 0; r < rows; ++r, c += kNR, out += ldy) {
@@ -182,6 +193,7 @@ void store(const float* c, int64_t rows, int64_t columns, float scale, const flo
     for (int j = 0; j < kVectors; ++j)
       v[j] = _mm512_fmadd_ps(_mm512_load_ps(c + j * 16), factor,
                              bias ? _mm512_loadu_ps(bias + j * 16) : _mm512_setzero_ps());
+    if (accumulate) T::add(out, columns, v);
     T::store(out, columns, v);
   }
 }

@@ -70,7 +70,7 @@ bool tiles_permitted() {
 std::vector<std::string> detect_features() {
   std::vector<std::string> found;
 #if defined(__x86_64__)
-  uint32_t eax, ebx1, ecx1, edx1, eax7, ebx7 = 0, ecx7, edx7 = 0, eax71 = 0, unused;
+  uint32_t eax, ebx1, ecx1, edx1, eax7, ebx7 = 0, ecx7 = 0, edx7 = 0, eax71 = 0, unused;
   if (!__get_cpuid(1, &eax, &ebx1, &ecx1, &edx1)) return found;
   const bool has_leaf_7 = __get_cpuid_count(7, 0, &eax7, &ebx7, &ecx7, &edx7);
   if (has_leaf_7 && eax7 >= 1) {
@@ -85,10 +85,12 @@ std::vector<std::string> detect_features() {
   add(ebx7 >> 5 & 1, kYmm, "avx2");
   add(ecx1 >> 12 & 1, kYmm, "fma");
   add(ecx1 >> 29 & 1, kYmm, "f16c");
+  add(ebx7 >> 8 & 1, 0, "bmi2");
   add(ebx7 >> 16 & 1, kZmm, "avx512f");
   add(ebx7 >> 30 & 1, kZmm, "avx512bw");
   add(ebx7 >> 17 & 1, kZmm, "avx512dq");
   add(ebx7 >> 31 & 1, kZmm, "avx512vl");
+  add(ecx7 >> 6 & 1, kZmm, "avx512_vbmi2");
   add(eax71 >> 5 & 1, kZmm, "avx512_bf16");
   const bool tiles = (edx7 >> 24 & 1) && (state & kTiles) == kTiles && tiles_permitted();
   add(tiles, kTiles, "amx_tile");

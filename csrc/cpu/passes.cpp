@@ -1,83 +1,15 @@
 #include "passes.h"
 
-#include <ATen/Parallel.h>
+#include <c10/util/SmallVector.h>
 
 #include <algorithm>
-#include <optional>
+#include <cstring>
 
 #include "isa.h"
 #include "scratch.h"
 
 namespace lorasp {
 namespace {
-
-constexpr int64_t kElementSize[] = {4, 2, 2};
-
-int64_t element_size(DType dtype) { return kElementSize[static_cast<int>(dtype)]; }
-
-// Rows are dealt out in multiples of 32 (two AMX tiles), columns of 64 (whole cache lines, whole panels).
-constexpr int64_t kRowUnit = 32, kColumnUnit = 64;
-constexpr int64_t kPartElements = 32768;  // less work than this is not worth a thread
-
-struct Part {
-  int64_t row, col;  // position in the grid
-  int64_t m0, m1, c0, c1;
-};
-
-struct Grid {
-  int64_t rows, cols;
-  int64_t M, columns;
-
-  Part part(int64_t index) const {
-    const int64_t row = index / cols, col = index % cols;
-    const int64_t row_units = ceil_div(M, kRowUnit), column_units = ceil_div(columns, kColumnUnit);
-    return {row,
-            col,
-            std::min(M, row_units * row / rows * kRowUnit),
-            std::min(M, row_units * (row + 1) / rows * kRowUnit),
-            std::min(columns, column_units * col / cols * kColumnUnit),
-            std::min(columns, column_units * (col + 1) / cols * kColumnUnit)};
-  }
-};
-
-// Rows cost a packed factor and an accumulator (columns, R) each, columns a partial result (M, R) each, and splitting
-// columns at all a second parallel region.
-Grid choose_grid(int64_t M, int64_t columns) {
-  const int64_t useful = M * columns / kPartElements + 1;
-  const int64_t threads = at::in_parallel_region() ? 1 : std::min<int64_t>(at::get_num_threads(), useful);
-  const int64_t max_rows = ceil_div(M, kRowUnit), max_cols = ceil_div(columns, kColumnUnit);
-  Grid best{1, 1, M, columns};
-  int64_t best_cost = columns;
-  for (int64_t rows = 1; rows <= std::min(threads, max_rows); ++rows) {
-    const int64_t cols = std::min(threads / rows, max_cols);
-    const int64_t cost = rows * columns + (cols > 1 ? cols * M : 0);
-    const int64_t parts = rows * cols, best_parts = best.rows * best.cols;
-    if (parts > best_parts || (parts == best_parts && cost < best_cost) ||
-        (parts == best_parts && cost == best_cost && cols == 1)) {
-      best = {rows, cols, M, columns};
-      best_cost = cost;
-    }
-  }
-  return best;
-}
-
-template <class F>
-void for_each_part(const Grid& grid, const Kernels& k, const F& work) {
-  at::parallel_for(0, grid.rows * grid.cols, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const Part part = grid.part(i);
-      if (part.m0 < part.m1 && part.c0 < part.c1) work(part);
-    }
-    if (k.release != nullptr) k.release();
-  });
-}
-
-const void* offset(const void* data, int64_t elements, DType dtype) {
-  return static_cast<const char*>(data) + elements * element_size(dtype);
-}
-void* offset(void* data, int64_t elements, DType dtype) {
-  return static_cast<char*>(data) + elements * element_size(dtype);
-}
 
 // A factor's columns c0 ... c1, packed chunk by chunk.
 class PackedFactor {
@@ -99,209 +31,266 @@ class PackedFactor {
   char* data_;
 };
 
-struct Pass {
-  const LowRank& p;
-  const Kernels& k;
+using PackedFactors = c10::SmallVector<PackedFactor, 4>;
 
-  explicit Pass(const LowRank& problem) : p(problem), k(kernels(problem.dtype)) {}
+// Keep bits of a block of rows, chunk by chunk as Block wants them.
+class MaskBlock {
+ public:
+  MaskBlock(ScratchFrame& frame, int64_t c0, int64_t c1)
+      : c0_(c0), c1_(c1), words_(frame.take<uint32_t>(ceil_div(c1 - c0, kChunk) * kBlockM * kMaskWords)) {}
 
-  Factor rows_of_A() const { return {p.A, p.K, 1}; }
-  Factor columns_of_B() const { return {p.B, 1, p.R}; }
-
-  PackedFactor pack_rowdot(ScratchFrame& frame, const Factor& w, int64_t c0, int64_t c1) const {
-    return {frame, w, p.dtype, c0, c1, p.R, k.rowdot_bytes, k.pack_rowdot};
+  const uint32_t* at(int64_t c) const { return words_ + (c - c0_) / kChunk * kBlockM * kMaskWords; }
+  void fill(const Kernels& k, const KeepMask& keep, int64_t K, int64_t m, int64_t rows) {
+    for (int64_t c = c0_; c < c1_; c += kChunk)
+      for (int64_t i = 0; i < rows; ++i)
+        k.keep_bits(keep, (m + i) * K + c, std::min(kChunk, c1_ - c), words_ + (at(c) - words_) + i * kMaskWords);
   }
-  PackedFactor pack_update(ScratchFrame& frame, const Factor& w, int64_t c0, int64_t c1) const {
-    return {frame, w, p.dtype, c0, c1, p.R, k.update_bytes, k.pack_update};
-  }
-  char* scratch(ScratchFrame& frame) const { return frame.take<char>(static_cast<int64_t>(k.scratch_bytes(p.R))); }
-  uint32_t* mask_words(ScratchFrame& frame) const {
-    return p.keep ? frame.take<uint32_t>(kBlockM * kMaskWords) : nullptr;
-  }
-
-  Block block(const Tall& t, int64_t m, int64_t rows, int64_t c, int64_t cols, const uint32_t* bits) const {
-    return {offset(t.data, m * t.ld + c, p.dtype), t.ld, rows, cols, bits};
-  }
-  void fill_mask(int64_t m, int64_t rows, int64_t c, int64_t cols, uint32_t* bits) const {
-    for (int64_t i = 0; i < rows; ++i) k.keep_bits(*p.keep, (m + i) * p.K + c, cols, bits + i * kMaskWords);
-  }
-  void round_rows(const float* sums, float scale, int64_t m, int64_t rows, void* out) const {
-    k.round(sums, scale, rows * p.R, offset(out, m * p.R, p.dtype));
-  }
-
-  // out (M, R) from the partial sums of the grid's columns.
-  void reduce_rows(const Grid& grid, const float* partial, float scale, void* out) const {
-    const int64_t count = p.M * p.R;
-    at::parallel_for(0, ceil_div(count, kPanel), kPartElements / kPanel, [&](int64_t begin, int64_t end) {
-      float sum[kPanel];
-      for (int64_t i = begin * kPanel; i < std::min(count, end * kPanel); i += kPanel) {
-        const int64_t width = std::min(kPanel, count - i);
-        std::copy_n(partial + i, width, sum);
-        for (int64_t col = 1; col < grid.cols; ++col)
-          for (int64_t j = 0; j < width; ++j) sum[j] += partial[col * count + i + j];
-        k.round(sum, scale, width, offset(out, i, p.dtype));
-      }
-    });
-  }
-
-  void write(const float* values, int64_t count, int64_t at, const Gradient& out) const {
-    if (out.fp32) {
-      std::copy_n(values, count, static_cast<float*>(out.data) + at);
-    } else {
-      k.round(values, 1.0f, count, offset(out.data, at, p.dtype));
+  // This one's bits from those of all columns; `row` and `selected` hold one row of either.
+  void select(const MaskBlock& all, const Columns& columns, int64_t rows, uint32_t* row, uint32_t* selected) {
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t c = 0; c < columns.width(); c += kChunk)
+        std::memcpy(row + c / 32, all.at(c) + i * kMaskWords, kMaskWords * sizeof(uint32_t));
+      columns.gather_bits(row, selected);
+      for (int64_t c = 0; c < columns.count(); c += kChunk)
+        std::memcpy(words_ + (at(c) - words_) + i * kMaskWords, selected + c / 32, kMaskWords * sizeof(uint32_t));
     }
   }
 
-  // The gradient of a factor from the accumulators of the grid's rows: (R, columns), or (columns, R) if transposed.
-  void reduce_gradient(const Grid& grid, const float* acc, bool transposed, const Gradient& out) const {
-    const int64_t padded = rank_padded(p.R), size = accumulator_size(grid.columns, p.R);
-    const int64_t grain = std::max<int64_t>(1, kPartElements / (kPanel * p.R));
-    at::parallel_for(0, ceil_div(grid.columns, kPanel), grain, [&](int64_t begin, int64_t end) {
+ private:
+  int64_t c0_, c1_;
+  uint32_t* words_;
+};
+
+struct Pass {
+  DType dtype;
+  int64_t M;
+  const Kernels& k;
+
+  Pass(DType dtype, int64_t M) : dtype(dtype), M(M), k(kernels(dtype)) {}
+
+  // A (R, width): rows are ranks; B (width, R): columns are.
+  static Factor factor_A(const void* A, int64_t width) { return {A, width, 1}; }
+  static Factor factor_B(const void* B, int64_t R) { return {B, 1, R}; }
+
+  PackedFactor pack_rowdot(ScratchFrame& frame, const Factor& w, int64_t c0, int64_t c1, int64_t R) const {
+    return {frame, w, dtype, c0, c1, R, k.rowdot_bytes, k.pack_rowdot};
+  }
+  PackedFactor pack_update(ScratchFrame& frame, const Factor& w, int64_t c0, int64_t c1, int64_t R) const {
+    return {frame, w, dtype, c0, c1, R, k.update_bytes, k.pack_update};
+  }
+  char* scratch(ScratchFrame& frame, int64_t R) const {
+    return frame.take<char>(static_cast<int64_t>(k.scratch_bytes(R)));
+  }
+
+  Block block(const Tall& t, int64_t m, int64_t rows, int64_t c, int64_t cols, const uint32_t* bits) const {
+    return {offset(t.data, m * t.ld + c, dtype), t.ld, rows, cols, bits};
+  }
+
+  // out (rows, R) at row m from R columns of sums (rows, ld).
+  void round_rows(const float* sums, int64_t ld, int64_t rows, int64_t R, float scale, const Tall& out,
+                  int64_t m) const {
+    if (ld == R && out.ld == R) return k.round(sums, scale, rows * R, offset(out.data, m * R, dtype));
+    for (int64_t i = 0; i < rows; ++i)
+      k.round(sums + i * ld, scale, R, offset(out.data, (m + i) * out.ld, dtype));
+  }
+
+  // out (M, R) from R columns of the partial sums (cols, M, ld) of the grid's columns.
+  void reduce_rows(const Grid& grid, const float* partial, int64_t ld, int64_t R, float scale, const Tall& out) const {
+    at::parallel_for(0, M, std::max<int64_t>(1, kPartElements / ld), [&](int64_t begin, int64_t end) {
       ScratchFrame frame;
-      float* values = frame.take<float>(p.R * kPanel);
-      for (int64_t panel = begin; panel < end; ++panel) {
-        const int64_t c = panel * kPanel, cols = std::min(kPanel, grid.columns - c);
-        for (int64_t r = 0; r < p.R; ++r) {
-          const float* row = acc + (panel * padded + r) * kPanel;
-          float sum[kPanel];
-          std::copy_n(row, kPanel, sum);
-          for (int64_t i = 1; i < grid.rows; ++i)
-            for (int64_t j = 0; j < kPanel; ++j) sum[j] += row[i * size + j];
-          for (int64_t j = 0; j < cols; ++j) {
-            const int64_t at = transposed ? (c + j) * p.R + r : r * grid.columns + c + j;
-            const bool kept = out.mask == nullptr || out.mask[at];
-            values[transposed ? j * p.R + r : j] = kept ? sum[k.panel_order[j]] : 0.0f;
-          }
-          if (!transposed) write(values, cols, r * grid.columns + c, out);
-        }
-        if (transposed) write(values, cols * p.R, c * p.R, out);
+      float* sum = frame.take<float>(R);
+      for (int64_t m = begin; m < end; ++m) {
+        std::copy_n(partial + m * ld, R, sum);
+        for (int64_t col = 1; col < grid.cols; ++col)
+          for (int64_t r = 0; r < R; ++r) sum[r] += partial[(col * M + m) * ld + r];
+        k.round(sum, scale, R, offset(out.data, m * out.ld, dtype));
       }
     });
   }
-};
 
-float* accumulator_at(float* acc, const Grid& grid, const Part& part, int64_t c, int64_t R) {
-  return acc + part.row * accumulator_size(grid.columns, R) + accumulator_size(c, R);
-}
+  void update(const Output& o, int64_t m, int64_t rows, int64_t c0, int64_t c1, const PackedFactor& b,
+              char* scratch) const {
+    for (int64_t c = c0; c < c1; c += kChunk)
+      k.update(block(o.y, m, rows, c, std::min(kChunk, c1 - c), nullptr), offset(o.xa, m * o.R, dtype), b.at(c), o.R,
+               scratch);
+  }
+};
 
 // Along the rows, as hardware prefetchers follow it: outer() walks a block panel by panel, and cold memory then comes
 // at the latency of every line.
 void warm(const Block& block, DType dtype) {
-  const int64_t bytes = block.cols * (dtype == DType::kF32 ? 4 : 2);
+  const int64_t bytes = block.cols * element_size(dtype);
   for (int64_t m = 0; m < block.rows; ++m) {
     const char* row = static_cast<const char*>(offset(block.data, m * block.ld, dtype));
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, 2);
   }
 }
 
-void update_part(const Pass& pass, const Part& part, Tall y, const void* xa, const PackedFactor& b, char* scratch) {
-  const LowRank& p = pass.p;
-  for (int64_t c = part.c0; c < part.c1; c += kChunk) {
-    const int64_t cols = std::min(kChunk, part.c1 - c);
-    pass.k.update(pass.block(y, part.m0, part.m1 - part.m0, c, cols, nullptr), offset(xa, part.m0 * p.R, p.dtype),
-                  b.at(c), p.R, scratch);
-  }
+int64_t largest_rank(c10::ArrayRef<Projection> projections) {
+  int64_t R = 1;
+  for (const Projection& p : projections) R = std::max(R, p.R);
+  return R;
 }
 
 }  // namespace
 
-void forward_pass(const LowRank& p, Tall x, Tall y, float scale, void* xa) {
-  const Pass pass(p);
-  const Grid grid = choose_grid(p.M, p.K);
+void forward_pass(DType dtype, int64_t M, int64_t K, Tall x, c10::ArrayRef<Projection> projections,
+                  const Columns* columns, void* x_columns) {
+  const Pass pass(dtype, M);
+  const Grid grid = choose_grid(M, K);
   ScratchFrame frame;
   const bool whole_rows = grid.cols == 1;
-  float* partial = whole_rows ? nullptr : frame.take<float>(grid.cols * p.M * p.R);
+  const int64_t R = largest_rank(projections);
+  c10::SmallVector<float*, 4> partials;
+  for (const Projection& p : projections)
+    partials.push_back(whole_rows ? nullptr : frame.take<float>(grid.cols * M * p.R));
   for_each_part(grid, pass.k, [&](const Part& part) {
     ScratchFrame local;
-    const PackedFactor a = pass.pack_rowdot(local, pass.rows_of_A(), part.c0, part.c1);
-    std::optional<PackedFactor> b;
-    if (whole_rows && y.data) b.emplace(pass.pack_update(local, pass.columns_of_B(), 0, p.N));
-    float* sums = local.take<float>(kBlockM * p.R);
-    uint32_t* bits = pass.mask_words(local);
-    char* scratch = pass.scratch(local);
+    PackedFactors a, b;
+    bool masked = false;
+    for (const Projection& p : projections) {
+      a.push_back(pass.pack_rowdot(local, Pass::factor_A(p.A, K), part.c0, part.c1, p.R));
+      masked = masked || p.keep;
+      if (!whole_rows) continue;
+      for (const Output& o : p.outputs)
+        if (o.y.data) b.push_back(pass.pack_update(local, Pass::factor_B(o.B, o.R), 0, o.N, o.R));
+    }
+    float* sums = local.take<float>(kBlockM * R);
+    MaskBlock mask(local, part.c0, masked ? part.c1 : part.c0);
+    char* scratch = pass.scratch(local, R);
     for (int64_t m = part.m0; m < part.m1; m += kBlockM) {
       const int64_t rows = std::min(kBlockM, part.m1 - m);
-      float* out = whole_rows ? sums : partial + (part.col * p.M + m) * p.R;
-      for (int64_t c = part.c0; c < part.c1; c += kChunk) {
-        const int64_t cols = std::min(kChunk, part.c1 - c);
-        if (bits) pass.fill_mask(m, rows, c, cols, bits);
-        pass.k.rowdot(pass.block(x, m, rows, c, cols, bits), a.at(c), p.R, c > part.c0, out, scratch);
+      const PackedFactor* next_b = b.begin();
+      for (size_t i = 0; i < projections.size(); ++i) {
+        const Projection& p = projections[i];
+        float* out = whole_rows ? sums : partials[i] + (part.col * M + m) * p.R;
+        if (p.keep) mask.fill(pass.k, *p.keep, K, m, rows);
+        for (int64_t c = part.c0; c < part.c1; c += kChunk) {
+          const Block block =
+              pass.block(x, m, rows, c, std::min(kChunk, part.c1 - c), p.keep ? mask.at(c) : nullptr);
+          pass.k.rowdot(block, a[i].at(c), p.R, c > part.c0, out, scratch);
+        }
+        if (i == 0 && columns)
+          columns->gather(offset(x.data, m * x.ld, dtype), x.ld, rows, element_size(dtype), part.c0, part.c1,
+                          offset(x_columns, m * columns->count(), dtype), columns->count());
+        if (!whole_rows) continue;
+        int64_t r = 0;
+        for (const Output& o : p.outputs) {
+          pass.round_rows(sums + r, p.R, rows, o.R, o.scale, {o.xa, o.R}, m);
+          if (o.y.data) pass.update(o, m, rows, 0, o.N, *next_b++, scratch);
+          r += o.R;
+        }
       }
-      if (!whole_rows) continue;
-      pass.round_rows(sums, scale, m, rows, xa);
-      if (b) update_part(pass, {0, 0, m, m + rows, 0, p.N}, y, xa, *b, scratch);
     }
   });
   if (whole_rows) return;
-  pass.reduce_rows(grid, partial, scale, xa);
-  if (y.data == nullptr) return;
-  for_each_part(choose_grid(p.M, p.N), pass.k, [&](const Part& part) {
-    ScratchFrame local;
-    const PackedFactor b = pass.pack_update(local, pass.columns_of_B(), part.c0, part.c1);
-    char* scratch = pass.scratch(local);
-    for (int64_t m = part.m0; m < part.m1; m += kBlockM) {
-      update_part(pass, {0, 0, m, std::min(part.m1, m + kBlockM), part.c0, part.c1}, y, xa, b, scratch);
+  for (size_t i = 0; i < projections.size(); ++i) {
+    int64_t r = 0;
+    for (const Output& o : projections[i].outputs) {
+      pass.reduce_rows(grid, partials[i] + r, projections[i].R, o.R, o.scale, {o.xa, o.R});
+      r += o.R;
+      if (o.y.data == nullptr) continue;
+      for_each_part(choose_grid(M, o.N), pass.k, [&](const Part& part) {
+        ScratchFrame local;
+        const PackedFactor b = pass.pack_update(local, Pass::factor_B(o.B, o.R), part.c0, part.c1, o.R);
+        char* scratch = pass.scratch(local, o.R);
+        for (int64_t m = part.m0; m < part.m1; m += kBlockM)
+          pass.update(o, m, std::min(kBlockM, part.m1 - m), part.c0, part.c1, b, scratch);
+      });
     }
-  });
+  }
 }
 
-void dy_pass(const LowRank& p, Tall dy, const void* xa, float scale, void* g, Gradient dB) {
-  const Pass pass(p);
-  const Grid grid = choose_grid(p.M, p.N);
+void dy_pass(DType dtype, int64_t M, int64_t N, int64_t R, Tall dy, const void* B, float scale, Tall g, const void* xa,
+             const Gradient& dB) {
+  const Pass pass(dtype, M);
+  const Grid grid = choose_grid(M, N);
   ScratchFrame frame;
   const bool whole_rows = grid.cols == 1;
-  float* partial = whole_rows || !g ? nullptr : frame.take<float>(grid.cols * p.M * p.R);
-  float* acc = dB.data ? frame.take<float>(grid.rows * accumulator_size(p.N, p.R)) : nullptr;
+  float* partial = whole_rows || !g.data ? nullptr : frame.take<float>(grid.cols * M * R);
+  float* acc = dB.data ? frame.take<float>(grid.rows * accumulator_size(N, R)) : nullptr;
   for_each_part(grid, pass.k, [&](const Part& part) {
     ScratchFrame local;
-    std::optional<PackedFactor> b;
-    if (g) b.emplace(pass.pack_rowdot(local, pass.columns_of_B(), part.c0, part.c1));
-    float* sums = g ? local.take<float>(kBlockM * p.R) : nullptr;
-    char* scratch = pass.scratch(local);
+    PackedFactors b;
+    if (g.data) b.push_back(pass.pack_rowdot(local, Pass::factor_B(B, R), part.c0, part.c1, R));
+    float* sums = g.data ? local.take<float>(kBlockM * R) : nullptr;
+    char* scratch = pass.scratch(local, R);
     for (int64_t m = part.m0; m < part.m1; m += kBlockM) {
       const int64_t rows = std::min(kBlockM, part.m1 - m);
-      float* out = whole_rows || !g ? sums : partial + (part.col * p.M + m) * p.R;
+      float* out = whole_rows || !g.data ? sums : partial + (part.col * M + m) * R;
       for (int64_t c = part.c0; c < part.c1; c += kChunk) {
         const Block block = pass.block(dy, m, rows, c, std::min(kChunk, part.c1 - c), nullptr);
-        if (g) pass.k.rowdot(block, b->at(c), p.R, c > part.c0, out, scratch);
+        if (g.data) pass.k.rowdot(block, b[0].at(c), R, c > part.c0, out, scratch);
         if (!acc) continue;
-        if (!g) warm(block, p.dtype);
-        pass.k.outer(block, offset(xa, m * p.R, p.dtype), p.R, m > part.m0, accumulator_at(acc, grid, part, c, p.R),
-                     scratch);
+        if (!g.data) warm(block, dtype);
+        pass.k.outer(block, offset(xa, m * R, dtype), R, m > part.m0,
+                     acc + part.row * accumulator_size(N, R) + accumulator_size(c, R), scratch);
       }
-      if (g && whole_rows) pass.round_rows(sums, scale, m, rows, g);
+      if (g.data && whole_rows) pass.round_rows(sums, R, rows, R, scale, g, m);
     }
   });
-  if (partial) pass.reduce_rows(grid, partial, scale, g);
-  if (acc) pass.reduce_gradient(grid, acc, true, dB);
+  if (partial) pass.reduce_rows(grid, partial, R, R, scale, g);
+  if (acc) reduce_gradient(pass.k, dtype, grid, acc, R, 0, R, true, dB);
 }
 
-void dx_pass(const LowRank& p, Tall x, const void* g, Tall dx, Gradient dA) {
-  const Pass pass(p);
-  const Grid grid = choose_grid(p.M, p.K);
+void dx_pass(DType dtype, int64_t M, int64_t K, Tall dx, Tall x, c10::ArrayRef<Expansion> expansions,
+             const Columns* columns) {
+  const Pass pass(dtype, M);
+  // Columns of x and of x[:, columns] cannot be split alike.
+  const Grid grid = choose_grid(M, K, columns == nullptr);
+  const int64_t width = columns ? columns->count() : K;
+  const Grid x_grid{grid.rows, grid.cols, M, width};
   ScratchFrame frame;
-  float* acc = dA.data ? frame.take<float>(grid.rows * accumulator_size(p.K, p.R)) : nullptr;
+  c10::SmallVector<float*, 4> accs;
+  int64_t R = 1;
+  bool masked = false;
+  for (const Expansion& e : expansions) {
+    bool any = false;
+    for (const Slice& slice : e.slices) any = any || slice.dA.data;
+    accs.push_back(any ? frame.take<float>(grid.rows * accumulator_size(width, e.R)) : nullptr);
+    R = std::max(R, e.R), masked = masked || e.keep;
+  }
   for_each_part(grid, pass.k, [&](const Part& part) {
     ScratchFrame local;
-    std::optional<PackedFactor> a;
-    if (dx.data) a.emplace(pass.pack_update(local, pass.rows_of_A(), part.c0, part.c1));
-    uint32_t* bits = pass.mask_words(local);
-    char* scratch = pass.scratch(local);
+    PackedFactors a;
+    for (const Expansion& e : expansions)
+      if (dx.data) a.push_back(pass.pack_update(local, Pass::factor_A(e.A, K), part.c0, part.c1, e.R));
+    const int64_t x0 = columns ? 0 : part.c0, x1 = columns ? width : part.c1;
+    MaskBlock mask(local, part.c0, masked ? part.c1 : part.c0);
+    const bool selected = masked && columns;
+    MaskBlock selected_mask(local, 0, selected ? width : 0);
+    uint32_t* row = local.take<uint32_t>(selected ? round_up(K, kChunk) / 32 : 0);
+    uint32_t* selected_row = local.take<uint32_t>(selected ? round_up(width, kChunk) / 32 : 0);
+    char* scratch = pass.scratch(local, R);
     for (int64_t m = part.m0; m < part.m1; m += kBlockM) {
       const int64_t rows = std::min(kBlockM, part.m1 - m);
-      const void* g_rows = offset(g, m * p.R, p.dtype);
-      for (int64_t c = part.c0; c < part.c1; c += kChunk) {
-        const int64_t cols = std::min(kChunk, part.c1 - c);
-        if (bits) pass.fill_mask(m, rows, c, cols, bits);
-        if (a) pass.k.update(pass.block(dx, m, rows, c, cols, bits), g_rows, a->at(c), p.R, scratch);
-        if (!acc) continue;
-        const Block x_block = pass.block(x, m, rows, c, cols, bits);
-        warm(x_block, p.dtype);
-        pass.k.outer(x_block, g_rows, p.R, m > part.m0, accumulator_at(acc, grid, part, c, p.R), scratch);
+      for (size_t i = 0; i < expansions.size(); ++i) {
+        const Expansion& e = expansions[i];
+        const void* g_rows = offset(e.g, m * e.R, dtype);
+        if (e.keep) mask.fill(pass.k, *e.keep, K, m, rows);
+        for (int64_t c = part.c0; dx.data && c < part.c1; c += kChunk)
+          pass.k.update(pass.block(dx, m, rows, c, std::min(kChunk, part.c1 - c), e.keep ? mask.at(c) : nullptr),
+                        g_rows, a[i].at(c), e.R, scratch);
+        if (!accs[i]) continue;
+        if (e.keep && columns) selected_mask.select(mask, *columns, rows, row, selected_row);
+        for (int64_t c = x0; c < x1; c += kChunk) {
+          const uint32_t* bits = e.keep ? (columns ? selected_mask : mask).at(c) : nullptr;
+          const Block block = pass.block(x, m, rows, c, std::min(kChunk, x1 - c), bits);
+          warm(block, dtype);
+          pass.k.outer(block, g_rows, e.R, m > part.m0,
+                       accs[i] + part.row * accumulator_size(width, e.R) + accumulator_size(c, e.R), scratch);
+        }
       }
     }
   });
-  if (acc) pass.reduce_gradient(grid, acc, false, dA);
+  for (size_t i = 0; i < expansions.size(); ++i) {
+    int64_t first = 0;
+    for (const Slice& slice : expansions[i].slices) {
+      if (slice.dA.data)
+        reduce_gradient(pass.k, dtype, x_grid, accs[i], expansions[i].R, first, slice.R, false, slice.dA);
+      first += slice.R;
+    }
+  }
 }
 
 }  // namespace lorasp
