@@ -120,6 +120,20 @@ void Columns::gather(const void* rows, int64_t ld, int64_t row_count, int64_t el
   gather_elements(span, c0 / 64, ceil_div(c1, 64), rows, ld, row_count, out, ldo);
 }
 
+void Columns::scatter(const void* packed, int64_t element_size, void* row) const {
+  const auto* in = static_cast<const char*>(packed);
+  auto* out = static_cast<char*>(row);
+  for (size_t w = 0; w < words_.size(); ++w) {
+    const int64_t at = positions_[w], count = positions_[w + 1] - at;
+    if (count == 64) {
+      std::memcpy(out + 64 * w * element_size, in + at * element_size, 64 * element_size);
+      continue;
+    }
+    for (int64_t i = at; i < at + count; ++i)
+      std::memcpy(out + index_[i] * element_size, in + i * element_size, element_size);
+  }
+}
+
 void Columns::gather_bits(const uint32_t* bits, uint32_t* out) const {
 #if defined(__x86_64__)
   const auto extract = extracts() ? extract_fast : extract_plain;

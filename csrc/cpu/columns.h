@@ -20,6 +20,8 @@ class Columns {
   // width. ld and ldo in elements.
   void gather(const void* rows, int64_t ld, int64_t row_count, int64_t element_size, int64_t c0, int64_t c1, void* out,
               int64_t ldo) const;
+  // row (width,) of a packed row (count,): the selected elements take its values, the others stay.
+  void scatter(const void* packed, int64_t element_size, void* row) const;
   // Bits of all columns to bits of the selected ones. Words of both: ceil(count / 64) * 2 are read and written.
   void gather_bits(const uint32_t* bits, uint32_t* out) const;
 

@@ -2,6 +2,7 @@
 
 #include <ATen/core/List.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 
@@ -37,6 +38,12 @@ at::Tensor onednn(const at::Tensor& x, const at::Tensor& weight, const std::opti
   return onednn_linear()->call(x, weight, bias, "none", c10::List<std::optional<at::Scalar>>(), "");
 }
 
+// oneDNN multiplies halves in pairs: of a strided row of odd length it also reads the element behind the row, times
+// zero, and a NaN there spreads (seen with torch 2.13).
+at::Tensor readable(const at::Tensor& dy) {
+  return dy.element_size() == 2 && dy.size(1) % 2 == 1 ? dy.contiguous() : dy;
+}
+
 }  // namespace
 
 at::Tensor frozen_forward(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
@@ -44,11 +51,13 @@ at::Tensor frozen_forward(const at::Tensor& x, const at::Tensor& weight, const s
 }
 
 at::Tensor frozen_backward(const at::Tensor& strided, const at::Tensor& weight) {
-  // oneDNN multiplies halves in pairs: of a strided row of odd length it also reads the element behind the row, times
-  // zero, and a NaN there spreads (seen with torch 2.13).
-  const bool reads_behind = strided.element_size() == 2 && strided.size(1) % 2 == 1;
-  const at::Tensor dy = reads_behind ? strided.contiguous() : strided;
+  const at::Tensor dy = readable(strided);
   return prefers_onednn(dy) ? onednn(dy, weight.t(), std::nullopt) : at::mm(dy, weight);
+}
+
+void frozen_backward_add(const at::Tensor& dy, const at::Tensor& weight, const at::Tensor& dx) {
+  at::Tensor out = dx;
+  at::addmm_out(out, dx, readable(dy), weight);
 }
 
 }  // namespace lorasp

@@ -12,4 +12,7 @@ at::Tensor frozen_forward(const at::Tensor& x, const at::Tensor& weight, const s
 // dy (M, N) weight (N, K) -> (M, K), contiguous
 at::Tensor frozen_backward(const at::Tensor& dy, const at::Tensor& weight);
 
+// dx (M, K) += dy (M, N) weight (N, K), without a temporary of dx's size
+void frozen_backward_add(const at::Tensor& dy, const at::Tensor& weight, const at::Tensor& dx);
+
 }  // namespace lorasp
