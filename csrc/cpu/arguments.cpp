@@ -22,8 +22,8 @@ void check_tensor(const char* op, const char* name, const Tensor& t, at::IntArra
                   bool fp32_too) {
   TORCH_CHECK_VALUE(t.device().is_cpu(), op, ": ", name, " must be on cpu, got ", t.device());
   TORCH_CHECK_VALUE(t.sizes() == shape, op, ": ", name, " must be ", shape, ", got ", t.sizes());
-  TORCH_CHECK_TYPE(t.scalar_type() == dtype || (fp32_too && t.scalar_type() == at::kFloat), op, ": ", name,
-                   " must be ", dtype, ", got ", t.scalar_type());
+  TORCH_CHECK_TYPE(t.scalar_type() == dtype || (fp32_too && t.scalar_type() == at::kFloat), op, ": ", name, " must be ",
+                   dtype, ", got ", t.scalar_type());
 }
 
 Tensor rounded(const Tensor& t, at::ScalarType dtype) {

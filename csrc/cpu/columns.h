@@ -28,8 +28,8 @@ class Columns {
  private:
   const int64_t* index_;
   int64_t count_, width_;
-  std::vector<uint64_t> words_;    // bit c % 64 of word c / 64: column c is selected
-  std::vector<int64_t> positions_; // selected columns before word w
+  std::vector<uint64_t> words_;     // bit c % 64 of word c / 64: column c is selected
+  std::vector<int64_t> positions_;  // selected columns before word w
 };
 
 }  // namespace lorasp

@@ -1,5 +1,5 @@
-// Plan `fused` (plan.h): the low-rank term rides in the frozen product's own accumulators (gemm.h). One packed weight per
-// direction may be prepared ahead (`lorasp::pack_weight_cpp`); without one, the weight is packed on the way.
+// Plan `fused` (plan.h): the low-rank term rides in the frozen product's own accumulators (gemm.h). One packed weight
+// per direction may be prepared ahead (`lorasp::pack_weight_cpp`); without one, the weight is packed on the way.
 #pragma once
 #include <ATen/core/Tensor.h>
 

@@ -74,7 +74,7 @@ struct GemmParams {
   float scale;
   const KeepRows* keep_a;
   const KeepRows* keep_y;
-  const float* bias;  // fp32 (N,), or null
+  const float* bias;          // fp32 (N,), or null
   const RowVisitor* visitor;  // or null
   void* s;                    // (M, R), written
   int64_t lds;

@@ -32,7 +32,8 @@ struct Writer {
     const int64_t* end = out.index + out.count;
     const int64_t* first = std::lower_bound(out.index, end, at);
     int64_t kept = 0;
-    for (const int64_t* entry = first; entry < end && *entry < at + count; ++entry) values[kept++] = values[*entry - at];
+    for (const int64_t* entry = first; entry < end && *entry < at + count; ++entry)
+      values[kept++] = values[*entry - at];
     write(values, kept, first - out.index);
   }
 

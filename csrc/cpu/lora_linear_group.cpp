@@ -64,8 +64,7 @@ struct GatherRows final : RowVisitor {
   void* out;
   DType dtype;
 
-  GatherRows(const Columns& columns, Tall x, void* out, DType dtype)
-      : columns(columns), x(x), out(out), dtype(dtype) {}
+  GatherRows(const Columns& columns, Tall x, void* out, DType dtype) : columns(columns), x(x), out(out), dtype(dtype) {}
   void visit(int64_t first, int64_t rows) const override {
     columns.gather(offset(x.data, first * x.ld, dtype), x.ld, rows, element_size(dtype), 0, columns.width(),
                    offset(out, first * columns.count(), dtype), columns.count());
@@ -212,14 +211,12 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_linear_group_b
     for (const size_t i : units[u]) {
       gs[i] = {offset(g, first, dtype), R};
       first += adapters[i].R;
-      slices[u].push_back(
-          {adapters[i].R, need_dA[i] ? adapters.gradient_A(i, dlora_As[i], kept_As[i]) : Gradient{}});
+      slices[u].push_back({adapters[i].R, need_dA[i] ? adapters.gradient_A(i, dlora_As[i], kept_As[i]) : Gradient{}});
     }
     expansions.push_back({R, adapters[units[u][0]].A, masks.keep(units[u][0]), g, slices[u]});
   }
 
-  const GemmKernel* fused =
-      need_dx ? group_plan(plan, dtype, M, K, outputs, packed, masks.drops() || any_dA) : nullptr;
+  const GemmKernel* fused = need_dx ? group_plan(plan, dtype, M, K, outputs, packed, masks.drops() || any_dA) : nullptr;
   for (size_t i = 0; i < G; ++i) {
     const Adapter& m = adapters[i];
     const float scale = masks.scale(scales[i]);

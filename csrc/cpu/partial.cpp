@@ -40,15 +40,14 @@ Adapters::Adapters(const char* op, const FactorArguments& a, int64_t K, at::IntA
     Adapter m{outputs[i], 0, total_rank_, a.lora_As[i], a.lora_Bs[i], a.frozen_As.get(i), a.frozen_Bs.get(i)};
     const OptionalTensor rows = a.rows.get(i), entries_A = a.entries_A.get(i), entries_B = a.entries_B.get(i);
     const Tensor& whole_A = m.frozen_A ? *m.frozen_A : m.lora_A;
-    TORCH_CHECK_VALUE(whole_A.dim() == 2, op, ": ", item(m.frozen_A ? "frozen_As" : "lora_As", i),
-                      " must be 2-d, got ", whole_A.sizes());
+    TORCH_CHECK_VALUE(whole_A.dim() == 2, op, ": ", item(m.frozen_A ? "frozen_As" : "lora_As", i), " must be 2-d, got ",
+                      whole_A.sizes());
     m.R = whole_A.size(0);
     TORCH_CHECK_VALUE(m.R > 0, op, ": ", item("lora_As", i), " must be (R, ", K, ") with R >= 1, got ",
                       whole_A.sizes());
     if (m.frozen_A) {
       check("frozen_As", i, whole_A, {m.R, K});
-      TORCH_CHECK_VALUE(entries_A || columns_, op, ": ", item("frozen_As", i),
-                        " must come with columns or entries_A");
+      TORCH_CHECK_VALUE(entries_A || columns_, op, ": ", item("frozen_As", i), " must come with columns or entries_A");
     } else {
       TORCH_CHECK_VALUE(!entries_A, op, ": ", item("entries_A", i), " must come with frozen_As");
     }

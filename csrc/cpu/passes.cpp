@@ -90,8 +90,7 @@ struct Pass {
   void round_rows(const float* sums, int64_t ld, int64_t rows, int64_t R, float scale, const Tall& out,
                   int64_t m) const {
     if (ld == R && out.ld == R) return k.round(sums, scale, rows * R, offset(out.data, m * R, dtype));
-    for (int64_t i = 0; i < rows; ++i)
-      k.round(sums + i * ld, scale, R, offset(out.data, (m + i) * out.ld, dtype));
+    for (int64_t i = 0; i < rows; ++i) k.round(sums + i * ld, scale, R, offset(out.data, (m + i) * out.ld, dtype));
   }
 
   // out (M, R) from R columns of the partial sums (cols, M, ld) of the grid's columns.
@@ -166,8 +165,7 @@ void forward_pass(DType dtype, int64_t M, int64_t K, Tall x, c10::ArrayRef<Proje
         float* out = whole_rows ? sums : partials[i] + (part.col * M + m) * p.R;
         if (p.keep) mask.fill(pass.k, *p.keep, K, m, rows);
         for (int64_t c = part.c0; c < part.c1; c += kChunk) {
-          const Block block =
-              pass.block(x, m, rows, c, std::min(kChunk, part.c1 - c), p.keep ? mask.at(c) : nullptr);
+          const Block block = pass.block(x, m, rows, c, std::min(kChunk, part.c1 - c), p.keep ? mask.at(c) : nullptr);
           pass.k.rowdot(block, a[i].at(c), p.R, c > part.c0, out, scratch);
         }
         if (i == 0 && columns)
