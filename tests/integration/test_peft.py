@@ -10,7 +10,7 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from lorasp import LoRAConfig, LoRALinear, inject, load_adapter, save_adapter, testing, use_backend
+from lorasp import LoRAConfig, LoRALinear, PartialConfig, inject, load_adapter, save_adapter, testing, use_backend
 
 SIZES = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 56, "num_attention_heads": 4, "num_hidden_layers": 2}
 TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
@@ -107,8 +107,8 @@ def run(model: nn.Module) -> dict[str, Tensor]:
         inputs["decoder_input_ids"] = torch.randint(3, 48, (2, 5), generator=generator)
     logits = model(**inputs).logits
     direction = torch.randn(logits.shape, generator=generator, dtype=torch.float64).to(logits.dtype)
-    training = {name: tensor for name, tensor in low_rank(model).items() if tensor.requires_grad}
-    gradients = torch.autograd.grad(logits, list(training.values()), direction)
+    training = {name: tensor for name, tensor in low_rank(model).items() if tensor.requires_grad and tensor.is_leaf}
+    gradients = torch.autograd.grad(logits, list(training.values()), direction) if training else ()
     return {"logits": logits.detach()} | dict(zip(training, gradients, strict=True))
 
 
@@ -232,6 +232,33 @@ def test_our_files_load_in_peft(make, variant, tmp_path):
     for name, tensor in low_rank(peft).items():
         tensor.requires_grad_(name.endswith(" B"))
     assert_same_function(ours, peft)
+
+
+@pytest.mark.parametrize("granularity", ["feature", "element", "rank", "matrix"])
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_adapters_of_which_a_part_trained_go_to_peft_and_back(make, granularity, tmp_path):
+    partial = PartialConfig(0.5, granularity)
+    ours = build(make)
+    inject(ours, LoRAConfig(**arguments(make), partial=partial))
+    move(ours)
+    save_adapter(ours, tmp_path / "ours")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        peft = PeftModel.from_pretrained(build(make), tmp_path / "ours", is_trainable=True)
+    assert_same_logits(ours, peft)
+    move(peft)
+    peft.save_pretrained(tmp_path / "theirs")
+    back = build(make)
+    inject(back, LoRAConfig(**arguments(make), partial=partial))
+    load_adapter(back, tmp_path / "theirs")
+    assert_same_logits(back, peft)
+
+
+def assert_same_logits(ours: nn.Module, peft: nn.Module) -> None:
+    with use_backend("reference"):
+        actual = run(ours)["logits"]
+    testing.assert_close(actual, run(peft)["logits"], run(copy.deepcopy(peft).double())["logits"], torch.float32)
 
 
 def test_a_pair_that_peft_wrote_again_is_pefts_own(tmp_path):
