@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lorasp.config import LoRAConfig, PartialConfig, check_adapter
-from lorasp.functional import PackedWeight, Partial, lora_linear, lora_linear_group, pack_weight
+from lorasp.functional import PackedWeight, lora_linear, pack_weight
 from lorasp.partial import make_adapter
 from lorasp.partial_adapter import PartialAdapter
+from lorasp.shared_input import SharedInput, linear_group
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DEFAULT_ADAPTER = "default"
@@ -76,6 +77,9 @@ class LoRALinear(nn.Module):
     Raises ValueError or TypeError for sizes, dtypes and adapter arguments that do not fit.
     Sources: LoRA arXiv 2106.09685; LoRA-FA arXiv 2308.03303; LoRA-SP arXiv 2403.08822.
     """
+
+    shared_input: SharedInput | None = None
+    shared_index = 0
 
     def __init__(
         self,
@@ -213,17 +217,24 @@ class LoRALinear(nn.Module):
         return self.adapters[self.active_adapter].scale
 
     def forward(self, x: Tensor) -> Tensor:
-        o = self._operands()
-        if o.rows is None and o.entries_B is None:
+        # Traced, the layers of a group compute apart: a round lives in weak references, which no graph can hold.
+        if self.shared_input is not None and not torch.compiler.is_compiling():
+            return self.shared_input(self, x)
+        return self.compute(x)
+
+    def compute(
+        self, x: Tensor, operands: Operands | None = None, *, seed: Tensor | None = None, member: int = 0
+    ) -> Tensor:
+        """forward() of this layer alone; seed, member: of its dropout mask."""
+        o = operands or self._operands()
+        if o.rows is None and o.entries_B is None and member == 0:
             return lora_linear(
-                x, o.weight, o.lora_A, o.lora_B, o.bias, scale=o.scale, dropout_p=o.dropout_p, mask_A=o.mask_A,
-                mask_B=o.mask_B, packed=o.packed,
+                x, o.weight, o.lora_A, o.lora_B, o.bias, scale=o.scale, dropout_p=o.dropout_p, seed=seed,
+                mask_A=o.mask_A, mask_B=o.mask_B, packed=o.packed,
             )  # fmt: skip
-        partial = Partial(o.columns, [o.frozen_A], [o.frozen_B], [o.rows], [o.entries_A], [o.entries_B])
-        return lora_linear_group(
-            x, [o.weight], [o.lora_A], [o.lora_B], [o.bias], scales=[o.scale], dropout_p=o.dropout_p, partial=partial,
-            keep_input=self.keep_input, packed=[o.packed],
-        )[0]  # fmt: skip
+        # Traced members would keep a copy of x[:, J] each: x itself is no more than two of them.
+        keep_input = self.keep_input or (self.shared_input is not None and torch.compiler.is_compiling())
+        return linear_group(x, [o], [member], seed, keep_input)[0]
 
     def _operands(self) -> Operands:
         adapter = self.adapters[self.active_adapter]
@@ -279,6 +290,11 @@ class LoRALinear(nn.Module):
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_packed": None}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        if self.shared_input is not None:
+            self.shared_input.adopt(self)
 
     def extra_repr(self) -> str:
         words = [f"{name}={getattr(self, name)}" for name in ("in_features", "out_features")]

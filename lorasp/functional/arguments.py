@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lorasp import rng
+from lorasp.ops import registry
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _HALVES = (torch.bfloat16, torch.float16)
@@ -17,6 +18,11 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device_type):
         return None
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
+def surroundings(x: Tensor) -> tuple:
+    """What a call with x computes in, besides its arguments: grad mode, autocast, the forced backend and plan."""
+    return torch.is_grad_enabled(), autocast_dtype(x), *registry.forced()
 
 
 def compute_dtypes(where: str, x: Tensor, autocast: torch.dtype | None) -> tuple[torch.dtype, tuple, tuple]:

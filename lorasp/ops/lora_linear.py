@@ -103,6 +103,11 @@ def cast(tensor, dtype):
     return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
+def shaped(y, x):
+    """y (M, N) with x's leading dims; autograd must not take it for a view, or it could not be written to in place."""
+    return y if x.ndim == 2 else torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[-1]))
+
+
 class LoRALinearFunction(torch.autograd.Function):
     """Forward and backward of lora_linear over the raw ops of one backend; second derivatives raise."""
 
@@ -131,7 +136,7 @@ class LoRALinearFunction(torch.autograd.Function):
             (scale, dropout_p, member), x.shape, (x.dtype, weight.dtype, None if bias is None else bias.dtype), dtype,
             backend, plan,
         )  # fmt: skip
-        return y if x.ndim == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
+        return shaped(y, x)
 
     @staticmethod
     def backward(ctx, dy):

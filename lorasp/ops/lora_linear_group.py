@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorasp.ops import registry
-from lorasp.ops.lora_linear import as_rows, autocast_off, cast, refuse_plan
+from lorasp.ops.lora_linear import as_rows, autocast_off, cast, refuse_plan, shaped
 from lorasp.reference import lora_linear_group as reference
 
 FORWARD_SCHEMA = (
@@ -157,7 +157,7 @@ class LoRALinearGroupFunction(torch.autograd.Function):
             x.shape, x.dtype, tuple(w.dtype for w in m.weights), tuple(b is not None and b.dtype for b in m.biases),
             scales, dropout_p, members, dtype, backend, plan,
         )  # fmt: skip
-        return tuple(ys) if x.ndim == 2 else tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys)
+        return tuple(shaped(y, x) for y in ys)
 
     @staticmethod
     def backward(ctx, *dys):

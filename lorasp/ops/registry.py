@@ -85,6 +85,11 @@ def use_backend(name: str, plan: str | None = None) -> Iterator[None]:
         _forced_backend, _forced_plan = before
 
 
+def forced() -> tuple[str | None, str | None]:
+    """The backend and the plan use_backend forces now."""
+    return _forced_backend, _forced_plan
+
+
 def unsupported(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
     """Why `backend` cannot compute in `dtype` on `device_type`; None where it can."""
     if backend == "reference":
