@@ -33,7 +33,9 @@ _DIGEST, _FREEZE_A, _PARTIAL = "lorasp.digest", "lorasp.freeze_A", "lorasp.parti
 
 # Fields of LoRAConfig that stand in adapter_config.json under the same name and mean the same.
 _SHARED_FIELDS = tuple(
-    field.name for field in fields(LoRAConfig) if field.name not in ("freeze_A", "prepack", "adapter_dtype", "partial")
+    field.name
+    for field in fields(LoRAConfig)
+    if field.name not in ("freeze_A", "prepack", "adapter_dtype", "partial", "share_input")
 )
 # PEFT's fields that do not change what a finished adapter computes.
 _NEUTRAL_FIELDS = {

@@ -152,8 +152,11 @@ class LoRAConfig:
     prepack: CPU: also keep each frozen weight in the kernels' own layout, for two more copies of it.
     adapter_dtype: None keeps A and B in their weight's dtype; torch.float32 keeps masters over a half-precision weight.
     partial: LoRA-SP: only a part of A and B trains; see PartialConfig.
+    share_input: layers that read one input (q/k/v; gate/up; key/value of cross attention) run as one operator: True
+        those known in LLaMA, Mistral, Qwen2, RoBERTa, BERT, T5 and ViT models; a list of groups, each a list of ends of
+        names, the layers with these names side by side; False none. See SharedInput.
 
-    Names and meanings are those of peft.LoraConfig but for the last four. Construction raises ValueError or TypeError.
+    Names and meanings are those of peft.LoraConfig but for the last five. Construction raises ValueError or TypeError.
     Sources: LoRA arXiv 2106.09685; LoRA-FA arXiv 2308.03303; LoRA-SP arXiv 2403.08822; rsLoRA arXiv 2312.03732.
     """
 
@@ -174,6 +177,7 @@ class LoRAConfig:
     prepack: bool = False
     adapter_dtype: torch.dtype | None = None
     partial: PartialConfig | None = None
+    share_input: bool | Sequence[Sequence[str]] = True
 
     def __post_init__(self):
         check_adapter("LoRAConfig", **self.adapter_arguments())
@@ -185,6 +189,7 @@ class LoRAConfig:
             "modules_to_save": _names("modules_to_save", self.modules_to_save, regex=False),
             "layers_to_transform": self._layer_indices(),
             "layers_pattern": self._layer_names(),
+            "share_input": self._groups(),
         }
         for name in ("rank_pattern", "alpha_pattern"):
             normal[name] = self._pattern(name)
@@ -234,6 +239,17 @@ class LoRAConfig:
         for pattern in names or ():
             _check_regex("layers_pattern", pattern)
         return names
+
+    def _groups(self) -> bool | tuple[tuple[str, ...], ...]:
+        value = self.share_input
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise TypeError(f"LoRAConfig: share_input must be a bool or a list of lists of str, got {value!r}")
+        groups = tuple(_names("share_input", names, regex=False) for names in value)
+        if not groups or any(names is None or len(set(names)) < 2 for names in groups):
+            raise ValueError(f"LoRAConfig: share_input must hold groups of two or more names, got {value!r}")
+        return groups
 
     def _pattern(self, name: str) -> dict:
         value = getattr(self, name)

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from lorasp.config import ALL_LINEAR, LoRAConfig, layer_index, matches_end, matches_names
+from lorasp.model_inputs import mark_kept_inputs, shared_inputs
 from lorasp.nn import DEFAULT_ADAPTER, DTYPES, LoRALinear, is_conv1d
+from lorasp.shared_input import SharedInput
 
 # Their fused kernels read out_proj.weight itself, past any adapter (PEFT refuses the same).
 _MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
@@ -28,6 +30,8 @@ _HOOKS = (
 class InjectReport:
     """What inject() did: the adapted layers' names, the skipped ones with the reason, and parameter counts.
 
+    groups: names of layers that read one input and run as one operator (SharedInput).
+
     trainable, total: numbers of parameters, each tensor once; total counts frozen entries of A and B too.
     """
 
@@ -35,13 +39,17 @@ class InjectReport:
     skipped: dict[str, str]
     trainable: int
     total: int
+    groups: tuple[tuple[str, ...], ...] = ()
 
     def __str__(self) -> str:
         kinds = Counter(name.rpartition(".")[2] for name in self.adapted)
+        groups = Counter("+".join(name.rpartition(".")[2] for name in group) for group in self.groups)
         lines = [
             f"lorasp: {len(self.adapted)} layers adapted: {', '.join(f'{kind} x{n}' for kind, n in kinds.items())}",
             f"trainable parameters: {self.trainable:,} of {self.total:,} ({self.trainable / self.total:.2%})",
         ]
+        if groups:
+            lines.append(f"one operator per input: {', '.join(f'{names} x{n}' for names, n in groups.items())}")
         return "\n".join(lines + [f"skipped {name}: {why}" for name, why in self.skipped.items()])
 
 
@@ -108,7 +116,17 @@ def report(model: nn.Module, skipped: dict[str, str]) -> InjectReport:
         skipped=skipped,
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
         total=sum(p.numel() for p in parameters if p not in standing) + factors,
+        groups=shared_groups(layers),
     )
+
+
+def shared_groups(layers: dict[str, LoRALinear]) -> tuple[tuple[str, ...], ...]:
+    """The names of the layers each SharedInput links; one layer alone is no group."""
+    groups: dict[int, list[str]] = {}
+    for name, layer in layers.items():
+        if layer.shared_input is not None:
+            groups.setdefault(id(layer.shared_input), []).append(name)
+    return tuple(tuple(group) for group in groups.values() if len(group) > 1)
 
 
 def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -158,6 +176,11 @@ def make_plan(model: nn.Module, config: LoRAConfig, where: str, *, strict: bool 
             plan.places.append((modules[parent], child, plan.layers[names[module]]))
     if strict:
         _check_patterns(plan, where)
+    for shared, members in shared_inputs(modules, plan.layers, config, where).items():
+        SharedInput(list(members.values()))
+        for layer in members.values():
+            layer.share_selection(shared)
+    mark_kept_inputs(model, modules, plan.layers)
     return plan
 
 

@@ -267,6 +267,12 @@ class LoRALinear(nn.Module):
         """Forget the packed copies of the weight; the next forward makes them again."""
         self._packed = None
 
+    def share_selection(self, shared: str) -> None:
+        """Let adapters with a PartialConfig draw the columns of A under `shared`, as all layers on this input do."""
+        for adapter in self.adapters.values():
+            if isinstance(adapter, PartialAdapter):
+                adapter.share(shared)
+
     def reset_lora_parameters(self) -> None:
         """Draw the active adapter's lora_A and lora_B again, as its init_lora_weights says."""
         self.adapters[self.active_adapter].reset_parameters()
