@@ -191,7 +191,9 @@ class SharedInput:
         if operands.dropout_p and round.seed is None:
             round.seed = seed_tensor("SharedInput", None, x.device)
         if len(chosen) == 1:
-            return layer.compute(x, operands, seed=round.seed if operands.dropout_p else None, member=index)
+            if not operands.dropout_p:
+                return layer.compute(x, operands)
+            return layer.compute(x, operands, seed=round.seed, member=index)
         order = sorted(chosen)
         ys = linear_group(x, [chosen[i][0] for i in order], order, round.seed, keep_input)
         waiting, outputs = outputs, _Outputs(outputs or ())
