@@ -116,9 +116,8 @@ def _mask(base, mask_function=causal_mask_function, **kwargs):
         mask = base(mask_function=mask_function, **kwargs | {"q_length": 1})
         return mask if mask is None else mask.expand(-1, -1, q_length, -1)
     mask = base(mask_function=mask_function, **kwargs)
-    padding, offset = kwargs.get("attention_mask"), kwargs.get("q_offset")
-    plain = mask_function is causal_mask_function and isinstance(offset, int) and offset == 0
-    square = plain and kwargs.get("kv_length") == q_length
+    padding = kwargs.get("attention_mask")
+    square = mask_function is causal_mask_function and kwargs.get("kv_length") == q_length
     # The padding goes along as an attribute, which a graph cannot carry: compiled code reads the whole mask.
     if square and mask is not None and padding is not None and not torch.compiler.is_compiling():
         mask.lorasp_keys = padding[:, None, None, :q_length]

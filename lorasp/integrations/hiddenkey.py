@@ -38,7 +38,8 @@ def hiddenkey_step(
     Compared are the classifier's logits (classification, per token with labels != -100 where it labels tokens), the
     last hidden layer, over tokens that are no padding (regression), or the next-token distributions where the label is
     not -100 (language models: from the output layer's input, so that the second pass has no logits and the comparison
-    needs a small workspace; from the logits themselves if the model is compiled or its output layer adapted).
+    needs a small workspace; from the logits themselves if the model is compiled or its output layer adapted or, without
+    both_branches, trained).
 
     config: default the one apply_hiddenkey got; another may differ in loss, loss_weight and both_branches only.
     Raises ValueError if the model is in eval mode or has no HiddenKey, if the batch has no labels, or if the model's
@@ -58,7 +59,7 @@ def hiddenkey_step(
     if config.loss is None:
         outputs = model(**batch)
         return _result(outputs, outputs.loss.new_zeros(()), config)
-    compare = _comparison(model, inner, batch)
+    compare = _comparison(model, inner, batch, config)
     if config.both_branches:
         batch = _doubled(batch)
         outputs, seen = compare.run(model, batch)
@@ -118,13 +119,15 @@ def _is_compiled(model: nn.Module, inner: nn.Module) -> bool:
     return any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None for m in chain)
 
 
-def _comparison(model: nn.Module, inner: nn.Module, batch: Mapping[str, Any]):
+def _comparison(model: nn.Module, inner: nn.Module, batch: Mapping[str, Any], config: HiddenKeyConfig) -> "_Logits":
     """What the two passes are compared by, chosen by the kind of model."""
     head = inner.get_output_embeddings()
     if head is not None:
         attention = next((m for m in inner.modules() if hasattr(m, "lorasp_dropkey") or hasattr(m, "is_causal")), None)
         shifted = bool(getattr(attention, "is_causal", False)) and not inner.config.is_encoder_decoder
-        streamed = type(head) is nn.Linear and not _is_compiled(model, inner)
+        # linear_consistency_loss hands a trainable head the gradient of both passes.
+        one_gradient = config.both_branches or not any(p.requires_grad for p in head.parameters())
+        streamed = type(head) is nn.Linear and one_gradient and not _is_compiled(model, inner)
         return _Head(head, shifted) if streamed else _Logits(shifted)
     kind = getattr(inner.config, "problem_type", None)
     if kind == "regression" or (kind is None and getattr(inner.config, "num_labels", None) == 1):

@@ -82,12 +82,12 @@ TARGETS = {
 def build(make, dtype: torch.dtype = torch.float32, **config) -> nn.Module:
     """Weights larger than at initialisation, so that every layer, and what it drops, matters to the output."""
     torch.manual_seed(0)
-    model = make(**config).to(dtype)
+    model = make(**config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.normal_(std=parameter.shape[1] ** -0.5)
-    return model.eval()
+    return model.to(dtype).eval()
 
 
 def batch(make, rows: int = 3, length: int = 9) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from hf_models import (
     gpt2,
     llama,
     loss_and_gradients,
+    qwen2,
     roberta,
     t5,
 )
@@ -72,10 +73,9 @@ def make_oracle(model: nn.Module, make, config: HiddenKeyConfig, seeds: dict, mo
         if module in chosen[0]:
             seed = queues["attention"].pop(0)
             visible = visible & keep(seed, config.attention_pattern, config.attention_p, logits.shape, 1)
-            logits = logits.masked_fill(~visible, -torch.inf)
-            weights = torch.where(visible.any(-1, keepdim=True), logits, 0).softmax(-1) * visible
-        else:
-            weights = logits.softmax(-1)
+        # A query that sees nothing gets zeros, from scaled_dot_product_attention too.
+        logits = torch.where(visible.any(-1, keepdim=True), logits.masked_fill(~visible, -torch.inf), 0)
+        weights = logits.softmax(-1) * visible
         return (weights @ value).transpose(1, 2), weights
 
     def cut(module, args, y):
@@ -110,6 +110,30 @@ def test_training_drops_what_the_masks_say_in_the_chosen_layers(make, over_keys,
         make_oracle(oracle, make, config, seeds, monkeypatch)
         expected[dtype] = loss_and_gradients(oracle, batch(make))
     assert_meets_rule(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "masks"),
+    [
+        (bert, {((3, 1, 1, 9), False)}),
+        (gpt2, {((3, 1, 1, 9), True)}),
+        (llama, {((3, 1, 1, 9), True)}),
+        (qwen2, {((3, 1, 1, 9), True), ((3, 1, 9, 9), False)}),
+        # The encoder's bias meets its padding; the decoder's stands alone; cross-attention has none.
+        (t5, {((3, 4, 9, 9), False), ((1, 4, 9, 9), True), ((3, 1, 1, 9), False)}),
+    ],
+)
+def test_padding_reaches_the_kernel_as_keys(make, masks, monkeypatch):
+    """Only windows and biases are Sq x Sk tensors: (mask shape, is_causal) of every call."""
+    model, seen, operator = applied(make), set(), attention.dropkey_attention
+
+    def watched(q, k, v, mask, **arguments):
+        seen.add((tuple(mask.shape), arguments["is_causal"]))
+        return operator(q, k, v, mask, **arguments)
+
+    monkeypatch.setattr(attention, "dropkey_attention", watched)
+    model(**batch(make))
+    assert seen == masks
 
 
 def test_layers_that_are_not_chosen_keep_their_own_dropout():

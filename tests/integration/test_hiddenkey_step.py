@@ -37,9 +37,12 @@ def inputs_of(make) -> dict[str, Tensor]:
     return inputs if make in (regression, decoder_classifier, tokens) else batch(make)
 
 
-def applied(make, dtype=torch.float32) -> nn.Module:
+def applied(make, dtype=torch.float32, trained_head: bool = False) -> nn.Module:
     model = build(make, dtype)
     apply_hiddenkey(model, CONFIG)
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.requires_grad_(trained_head)
     return model.train()
 
 
@@ -93,18 +96,21 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("make", [*FAMILIES, regression, tokens, decoder_classifier])
-def test_loss_and_gradients_are_those_of_two_plain_passes(make, variant):
+@pytest.mark.parametrize(
+    ("make", "trained_head"),
+    [(make, False) for make in (*FAMILIES, regression, tokens, decoder_classifier)] + [(llama, True), (t5, True)],
+)
+def test_loss_and_gradients_are_those_of_two_plain_passes(make, trained_head, variant):
     config, inputs = replace(CONFIG, **VARIANTS[variant]), inputs_of(make)
     expected = {}
     for dtype in (torch.float32, torch.float64):
-        model = applied(make, dtype)
+        model = applied(make, dtype, trained_head)
         torch.manual_seed(3)
         cast = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
         step = plain_step(model, make, cast, config)
         step["loss"].backward()
         expected[dtype] = {name: value.detach() for name, value in step.items()} | gradients(model)
-    model = applied(make)
+    model = applied(make, trained_head=trained_head)
     torch.manual_seed(3)
     result = hiddenkey_step(model, inputs, config)
     result.loss.backward()
