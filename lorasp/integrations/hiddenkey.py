@@ -1,7 +1,7 @@
 """hiddenkey_step: the task loss and how well two dropout passes agree, in one call."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -70,7 +70,7 @@ def hiddenkey_step(
     else:
         outputs, first = compare.run(model, batch)
         mask = compare.rows(batch, first)
-        with torch.no_grad(), _inference(inner) if config.loss == "js" else nullcontext():
+        with _without_gradient(inner, inference=config.loss == "js"):
             second = compare.run_again(model, batch)
     return _result(outputs, compare.loss(first, second, config.loss, mask), config)
 
@@ -104,14 +104,22 @@ def _doubled(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _inference(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+def _without_gradient(model: nn.Module, inference: bool) -> Iterator[None]:
+    """no_grad, where checkpointing would save nothing and warn; in inference mode if asked."""
+    training = [module for module in model.modules() if inference and module.training]
+    checkpointed = [module for module in model.modules() if vars(module).get("gradient_checkpointing")]
     try:
-        yield
+        for module in training:
+            module.training = False
+        for module in checkpointed:
+            module.gradient_checkpointing = False
+        with torch.no_grad():
+            yield
     finally:
         for module in training:
             module.training = True
+        for module in checkpointed:
+            module.gradient_checkpointing = True
 
 
 def _is_compiled(model: nn.Module, inner: nn.Module) -> bool:

@@ -131,6 +131,28 @@ def test_second_pass_of_a_language_model_has_no_logits(make):
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("make", [llama, roberta, t5])
+def test_checkpointed_model(make, reentrant, recwarn):
+    """The same step, and no warning about a pass that needs no gradient."""
+    model, exact = applied(make), applied(make, torch.float64)
+    expected = []
+    for variant in (model, exact):
+        torch.manual_seed(3)
+        hiddenkey_step(variant, batch(make)).loss.backward()
+        expected.append(gradients(variant))
+    expected[0] = {name: gradient.clone() for name, gradient in expected[0].items()}
+    model.zero_grad()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    torch.manual_seed(3)
+    hiddenkey_step(model, batch(make)).loss.backward()
+    for name, gradient in gradients(model).items():
+        testing.assert_close(gradient, expected[0][name], expected[1][name], torch.float32, name)
+    assert model.is_gradient_checkpointing
+    assert not [w for w in recwarn if "requires_grad" in str(w.message)]
+
+
 def test_no_loss_is_one_pass():
     model = applied(gpt2)
     torch.manual_seed(3)
