@@ -1,12 +1,14 @@
 """What backward keeps, to the byte: one layer, q/k/v on one input, and a whole model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
 from torch import nn
 
 import lorasp
-from lorasp import LoRAConfig, LoRALinear, inject
+from lorasp import LoRAConfig, LoRALinear, PartialConfig, inject
 from lorasp.memory import saved_bytes
 
 M, K, N, R = 24, 40, 56, 4
@@ -146,6 +148,18 @@ def test_llama_over_the_frozen_model(frozen_llama, freeze_A, adapter_dtype, drop
     low_rank = LINEARS * TOKENS * RANK
     assert over == LAYERS * ((inputs + low_rank) * 2 + INPUTS * SEED * (dropout > 0))
     assert over <= (0.9 if freeze_A else 20) * MIB
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+@pytest.mark.parametrize("resample", ["never", "epoch"])
+def test_llama_with_half_of_the_features_over_the_frozen_model(frozen_llama, resample, dropout):
+    config = LoRAConfig(r=RANK, target_modules="all-linear", lora_dropout=dropout)
+    whole = saved_by_llama(config) - frozen_llama
+    half = saved_by_llama(replace(config, partial=PartialConfig(resample=resample))) - frozen_llama
+    # Half of each input's columns, which the layers on it share; o_proj's input is alive anyway, a copy of half is not.
+    inputs, low_rank = TOKENS * (WIDTH + WIDTH + MLP) // 2, LINEARS * TOKENS * RANK
+    assert half == LAYERS * ((inputs + low_rank) * 2 + INPUTS * SEED * (dropout > 0))
+    assert half <= 0.6 * whole
 
 
 class TestSavedBytes:
