@@ -139,7 +139,7 @@ def test_every_provider_is_measured_and_keeps_what_the_contract_says(dtype, drop
     names = ["linear", "linear-train", "peft", "peft-half", "peft-half+fa", "lorasp", "lorasp+fa", "lorasp+masters"]
     names += ["lorasp:reference", "lorasp:reference+fa"]
     shape = dataclasses.replace(SHAPE, bias=True, members=members)
-    names += ["lorasp+sp", "lorasp+sp+fa"] + ["lorasp+shared", "lorasp+sp+shared", "lorasp+fa+shared"] * (members > 1)
+    names += ["lorasp+sp", "lorasp+fa+sp"] + ["lorasp+shared", "lorasp+sp+shared", "lorasp+fa+shared"] * (members > 1)
     (result,) = bench.run([shape], providers(*names), dtype=dtype, dropout_p=dropout_p, rounds=2)
     assert result.unavailable == {}
     assert [(m.provider.name, m.mode) for m in result.measurements] == [(n, mode) for mode in MODES for n in names]

@@ -116,14 +116,15 @@ def _build_lorasp(provider: Provider, workload: Workload) -> Candidate:
         if reason is not None:
             raise Unavailable(reason)
     rank = workload.shape.R
+    holder = nn.ModuleDict({f"linear{i}": _linear(member) for i, member in enumerate(workload.members)})
     config = LoRAConfig(
         r=rank, lora_alpha=rank * workload.scale, lora_dropout=workload.dropout_p, freeze_A=provider.freeze_A,
         prepack=provider.prepack, adapter_dtype=torch.float32 if provider.masters else None,
         target_modules="all-linear", partial=PartialConfig() if provider.partial else None,
+        share_input=[list(holder)] if provider.shared else False,
     )  # fmt: skip
-    holder = nn.ModuleDict({f"linear{i}": _linear(member) for i, member in enumerate(workload.members)})
     try:
-        inject(holder, config, **({"share_input": [list(holder)]} if provider.shared else {}))
+        inject(holder, config)
     except ValueError as error:
         raise Unavailable(str(error)) from error
     layers, As, Bs = list(holder.values()), [], []
