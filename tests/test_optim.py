@@ -50,56 +50,37 @@ def same(left, right) -> bool:
 
 
 class TestRawOp:
-    def run(self, backend, dtype, shape, steps=4, poison=False) -> list[torch.Tensor]:
-        """param, exp_avg, exp_avg_sq, step after some steps over changing selections; in dtype, from dtype's values."""
+    def run(self, backend, dtype, shape, *, values=None, taken=0, poison=False) -> list[torch.Tensor]:
+        """param, exp_avg, exp_avg_sq, step after three steps over changing selections; values: the dtype of the numbers."""
         torch.manual_seed(1)
-        base = torch.bfloat16 if dtype == torch.float64 else dtype
-        param = torch.randn(P, Q).to(base).to(dtype)
-        tensors = [
-            param,
-            torch.zeros_like(param),
-            torch.zeros_like(param),
-            torch.zeros(shape or (1,), dtype=torch.int32),
-        ]
-        for _ in range(steps):
-            grad = torch.randn(P, Q).to(base).to(dtype)
+        param = torch.randn(P, Q).to(values or dtype).to(dtype)
+        moments = [torch.zeros_like(param), torch.zeros_like(param)]
+        steps = torch.randint(taken, taken + 3, shape or (1,), dtype=torch.int32)
+        for _ in range(3):
+            grad = torch.randn(P, Q).to(values or dtype).to(dtype)
             active = None if shape is None else torch.rand(shape) < 0.5
-            before = [tensor.clone() for tensor in tensors[:3]]
-            if poison and active is not None:
-                grad.masked_fill_(~active.expand(P, Q), torch.nan)
-            step_ops[backend]([param], [grad], [tensors[1]], [tensors[2]], [tensors[3]], [active], *HYPER)
-            if active is not None:
-                resting = ~active.expand(P, Q)
-                assert all(
-                    torch.equal(old[resting], new[resting]) for old, new in zip(before, tensors[:3], strict=True)
-                )
-        return tensors
+            resting = torch.zeros(P, Q, dtype=torch.bool) if shape is None else ~active.expand(P, Q)
+            before = [tensor.clone() for tensor in (param, *moments)]
+            if poison:
+                grad.masked_fill_(resting, torch.nan)
+            step_ops[backend]([param], [grad], *([moment] for moment in moments), [steps], [active], *HYPER)
+            for old, new in zip(before, (param, *moments), strict=True):
+                assert torch.equal(old[resting], new[resting])
+        return [param, *moments, steps]
 
+    @pytest.mark.parametrize("taken", [0, 2**20])
     @pytest.mark.parametrize("kind", ACTIVE_SHAPES)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
-    def test_every_backend_computes_the_reference(self, backend, dtype, kind):
+    def test_every_backend_computes_the_reference(self, backend, dtype, kind, taken):
         if reason := registry.unsupported(backend, "cpu", dtype):
             pytest.skip(reason)
-        actual, reference = (self.run(name, dtype, ACTIVE_SHAPES[kind], steps=1) for name in (backend, "reference"))
-        reference64 = self.run64(dtype, ACTIVE_SHAPES[kind])
+        shape = ACTIVE_SHAPES[kind]
+        actual, reference = (self.run(name, dtype, shape, taken=taken) for name in (backend, "reference"))
+        reference64 = self.run("reference", torch.float64, shape, values=dtype, taken=taken)
         for what, *tensors in zip(("param", "exp_avg", "exp_avg_sq"), actual, reference, reference64, strict=False):
             testing.assert_close(*tensors, dtype, what)
         assert torch.equal(actual[3], reference[3])
-
-    def run64(self, dtype, shape) -> list[torch.Tensor]:
-        torch.manual_seed(1)
-        param = torch.randn(P, Q).to(dtype).double()
-        grad = torch.randn(P, Q).to(dtype).double()
-        active = None if shape is None else torch.rand(shape) < 0.5
-        tensors = [
-            param,
-            torch.zeros_like(param),
-            torch.zeros_like(param),
-            torch.zeros(shape or (1,), dtype=torch.int32),
-        ]
-        step_ops["reference"]([param], [grad], *([tensor] for tensor in tensors[1:]), [active], *HYPER)
-        return tensors
 
     @pytest.mark.parametrize("kind", [kind for kind in ACTIVE_SHAPES if kind != "everything"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -10,6 +10,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <type_traits>
 #include <vector>
 
 // The loop is left to the compiler; glibc picks the widest of these when the library is loaded.
@@ -32,34 +34,78 @@ struct Hyper {
   float gain1, beta2_f, gain2, decay, eps;
 };
 
-// An entry's factors: lr / (1 - b1^t) and 1 / sqrt(1 - b2^t); a root of 0 marks an inactive entry.
-struct Factors {
-  float size = 0.0f, root = 0.0f;
-};
-
-Factors factors_at(const Hyper& h, int32_t t) {
-  return {static_cast<float>(h.lr / (1.0 - std::pow(h.beta1, t))),
-          static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(h.beta2, t)))};
-}
-
-// Entries take few distinct step counts; two powers for each entry would cost more than its update.
-class FactorCache {
+// The factors of an entry at its t-th active step, lr / (1 - b1^t) and 1 / sqrt(1 - b2^t); a root of 0 marks an entry
+// that is not active. Entries take few distinct t, so these are looked up: powers would cost more than the update.
+class FactorTable {
  public:
-  explicit FactorCache(const Hyper& h) : h_(h) {}
-  Factors at(int32_t t) {
-    Slot& slot = slots_[(static_cast<uint32_t>(t) * 2654435761u) >> 22];
-    if (slot.t != t) slot = {t, factors_at(h_, t)};
-    return slot.factors;
+  explicit FactorTable(const Hyper& h) : h_(h) {
+    // From here on neither factor changes any more in float.
+    const double slower = std::max(h.beta1, h.beta2);
+    last_ = slower == 0.0 ? 1.0 : std::ceil(-21.0 / std::log(slower)) + 1.0;
   }
+  void cover(int32_t t) {
+    while (static_cast<int32_t>(root_.size()) <= t && static_cast<double>(root_.size()) <= last_) {
+      power1_ *= h_.beta1;
+      power2_ *= h_.beta2;
+      size_.push_back(static_cast<float>(h_.lr / (1.0 - power1_)));
+      root_.push_back(static_cast<float>(1.0 / std::sqrt(1.0 - power2_)));
+    }
+  }
+  int32_t end() const { return static_cast<int32_t>(root_.size()) - 1; }
+  const float* size() const { return size_.data(); }
+  const float* root() const { return root_.data(); }
 
  private:
-  struct Slot {
-    int32_t t = 0;
-    Factors factors;
-  };
   const Hyper& h_;
-  Slot slots_[1024];
+  double last_, power1_ = 1.0, power2_ = 1.0;
+  std::vector<float> size_{0.0f}, root_{0.0f};
 };
+
+LORASP_CLONES int32_t highest(const int32_t* steps, int64_t n) {
+  int32_t top = 0;
+  for (int64_t i = 0; i < n; ++i) top = steps[i] > top ? steps[i] : top;
+  return top;
+}
+
+LORASP_CLONES void count_entries(const uint8_t* active, int32_t* steps, int64_t n, const float* table_size,
+                                 const float* table_root, int32_t end, float* size, float* root) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t t = steps[i] + active[i];
+    const int32_t index = t < end ? t : end;
+    steps[i] = t;
+    size[i] = table_size[index];
+    root[i] = active[i] ? table_root[index] : 0.0f;
+  }
+}
+
+inline float from_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+inline uint32_t to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+LORASP_CLONES void widen(const uint16_t* in, float* out, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = from_bits(static_cast<uint32_t>(in[i]) << 16);
+}
+
+// Round to nearest even, where root says that the entry is active.
+LORASP_CLONES void narrow(const float* in, const float* root, uint16_t* out, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t bits = to_bits(in[i]);
+    const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+    const uint32_t value = in[i] != in[i] ? 0x7FC0u : rounded;
+    out[i] = static_cast<uint16_t>(root[i] != 0.0f ? value : out[i]);
+  }
+}
 
 LORASP_CLONES void update(const float* size, const float* root, const float* g, float* m, float* v, float* p, int64_t n,
                           float gain1, float beta2, float gain2, float decay, float eps) {
@@ -73,6 +119,15 @@ LORASP_CLONES void update(const float* size, const float* root, const float* g, 
     v[i] = active ? vi : v[i];
     p[i] = active ? pi : p[i];
   }
+}
+
+void widen(const at::BFloat16* in, float* out, int64_t n) { widen(reinterpret_cast<const uint16_t*>(in), out, n); }
+void narrow(const float* in, const float* root, at::BFloat16* out, int64_t n) {
+  narrow(in, root, reinterpret_cast<uint16_t*>(out), n);
+}
+void widen(const at::Half* in, float* out, int64_t n) { std::copy_n(in, n, out); }
+void narrow(const float* in, const float* root, at::Half* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = root[i] != 0.0f ? static_cast<at::Half>(in[i]) : out[i];
 }
 
 // How `active` and `steps` of a parameter (P, Q) are shaped: one for all, (P, 1), (1, Q), (P, Q).
@@ -105,26 +160,27 @@ Grain grain_of(size_t i, const Tensor& param, const OptionalTensor& active) {
 }
 
 // Counts the step of whole rows, columns or the whole, and looks their factors up. False if nothing is active.
-bool count(Item& item, FactorCache& cache) {
+bool count(Item& item, FactorTable& table) {
   if (item.grain == Grain::kEntry) return true;
   const bool* active = item.active.defined() ? item.active.const_data_ptr<bool>() : nullptr;
   int32_t* steps = item.steps.mutable_data_ptr<int32_t>();
   const int64_t groups = item.steps.numel();
+  table.cover(highest(steps, groups) + 1);
   item.size.resize(groups);
   item.root.resize(groups);
   bool any = false;
   for (int64_t i = 0; i < groups; ++i) {
     if (active && !active[i]) continue;
-    const Factors f = cache.at(++steps[i]);
-    item.size[i] = f.size;
-    item.root[i] = f.root;
+    const int32_t index = std::min(++steps[i], table.end());
+    item.size[i] = table.size()[index];
+    item.root[i] = table.root()[index];
     any = true;
   }
   return any;
 }
 
 // The factors of entries [begin, begin + n); false if none of them is active.
-bool spread(const Item& item, int64_t begin, int64_t n, FactorCache& cache, float* size, float* root) {
+bool spread(const Item& item, int64_t begin, int64_t n, FactorTable& table, float* size, float* root) {
   switch (item.grain) {
     case Grain::kAll:
       std::fill_n(size, n, item.size[0]);
@@ -150,16 +206,11 @@ bool spread(const Item& item, int64_t begin, int64_t n, FactorCache& cache, floa
       return any;
     }
     case Grain::kEntry: {
-      const bool* active = item.active.const_data_ptr<bool>() + begin;
       int32_t* steps = item.steps.mutable_data_ptr<int32_t>() + begin;
-      bool any = false;
-      for (int64_t i = 0; i < n; ++i) {
-        const Factors f = active[i] ? cache.at(++steps[i]) : Factors{};
-        size[i] = f.size;
-        root[i] = f.root;
-        any |= active[i];
-      }
-      return any;
+      table.cover(highest(steps, n) + 1);
+      count_entries(reinterpret_cast<const uint8_t*>(item.active.const_data_ptr<bool>()) + begin, steps, n,
+                    table.size(), table.root(), table.end(), size, root);
+      return true;
     }
   }
   return false;
@@ -174,24 +225,24 @@ void step_chunk(const Item& item, const Hyper& h, int64_t begin, int64_t n, cons
     update(size, root, g, own[0], own[1], own[2], n, h.gain1, h.beta2_f, h.gain2, h.decay, h.eps);
   } else {
     float wide[4][kChunk];
-    std::copy_n(g, n, wide[3]);
-    for (int j = 0; j < 3; ++j) std::copy_n(own[j], n, wide[j]);
+    widen(g, wide[3], n);
+    for (int j = 0; j < 3; ++j) widen(own[j], wide[j], n);
     update(size, root, wide[3], wide[0], wide[1], wide[2], n, h.gain1, h.beta2_f, h.gain2, h.decay, h.eps);
-    for (int j = 0; j < 3; ++j)
-      for (int64_t i = 0; i < n; ++i) own[j][i] = root[i] != 0.0f ? static_cast<T>(wide[j][i]) : own[j][i];
+    for (int j = 0; j < 3; ++j) narrow(wide[j], root, own[j], n);
   }
 }
 
-void step_chunks(const std::vector<Item>& items, const Hyper& h, int64_t first, int64_t last) {
-  FactorCache cache(h);
+void step_chunks(const std::vector<const Item*>& items, const Hyper& h, int64_t first, int64_t last) {
+  FactorTable table(h);
   float size[kChunk], root[kChunk];
-  auto item = std::upper_bound(items.begin(), items.end(), first,
-                               [](int64_t chunk, const Item& it) { return chunk < it.first_chunk; }) -
-              1;
+  auto at = std::upper_bound(items.begin(), items.end(), first,
+                             [](int64_t chunk, const Item* it) { return chunk < it->first_chunk; }) -
+            1;
   for (int64_t chunk = first; chunk < last; ++chunk) {
-    while (item + 1 != items.end() && chunk >= (item + 1)->first_chunk) ++item;
+    while (at + 1 != items.end() && chunk >= at[1]->first_chunk) ++at;
+    const Item* item = *at;
     const int64_t begin = (chunk - item->first_chunk) * kChunk, n = std::min(kChunk, item->numel - begin);
-    if (!spread(*item, begin, n, cache, size, root)) continue;
+    if (!spread(*item, begin, n, table, size, root)) continue;
     switch (item->param.scalar_type()) {
       case at::kFloat:
         step_chunk<float>(*item, h, begin, n, size, root);
@@ -257,15 +308,15 @@ void partial_adamw_cpu(at::TensorList params, at::TensorList grads, at::TensorLi
                      {},
                      {}});
   }
-  FactorCache cache(h);
+  FactorTable table(h);
   int64_t chunks = 0;
-  std::vector<Item> working;
+  std::vector<const Item*> working;
   working.reserve(count_);
   for (Item& item : items) {
-    if (!count(item, cache) || item.numel == 0) continue;
+    if (!count(item, table) || item.numel == 0) continue;
     item.first_chunk = chunks;
     chunks += (item.numel + kChunk - 1) / kChunk;
-    working.push_back(item);
+    working.push_back(&item);
   }
   if (chunks > 0)
     at::parallel_for(0, chunks, kGrainChunks,
