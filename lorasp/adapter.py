@@ -84,7 +84,8 @@ class Adapter(nn.Module):
 
     def parts(self) -> dict[str, Tensor]:
         """The fields of Operands that are the adapter's own tensors."""
-        return {"lora_A": self.lora_A, "lora_B": self.lora_B}
+        held = {**self._buffers, **self._parameters}  # past nn.Module.__getattr__, which takes as long as all else
+        return held if len(held) == 2 else {"lora_A": self.lora_A, "lora_B": self.lora_B}
 
     def factors_dtype(self) -> torch.dtype:
         return self.dense_B().dtype

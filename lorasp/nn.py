@@ -237,11 +237,15 @@ class LoRALinear(nn.Module):
         return linear_group(x, [o], [member], seed, keep_input)[0]
 
     def _operands(self) -> Operands:
-        adapter = self.adapters[self.active_adapter]
-        weight = self.weight.t() if self.fan_in_fan_out else self.weight
+        # Past nn.Module.__getattr__, which is most of a call's time where the parameters are where they should be.
+        adapter = self._modules["adapters"]._modules[self.active_adapter]
+        stored = self._parameters
+        weight, bias = (stored["weight"], stored["bias"]) if len(stored) == 2 else (self.weight, self.bias)
+        if self.fan_in_fan_out:
+            weight = weight.t()
         return Operands(
             weight=weight,
-            bias=self.bias,
+            bias=bias,
             scale=adapter.scale,
             dropout_p=adapter.lora_dropout if self.training else 0.0,
             packed=self._current_pack(weight) if self.prepack and not torch.compiler.is_compiling() else None,

@@ -23,8 +23,10 @@ from torch import Tensor, nn
 
 from lorasp.functional import Partial, lora_linear_group
 from lorasp.functional.arguments import seed_tensor, surroundings
+from lorasp.functional.lora_linear_group import apply_group
 
 _PLAIN = (Tensor, nn.Parameter)
+_WHOLE = (None,) * 8  # Operands from frozen_A on, where A and B train whole
 # A member whose output was computed and not taken counts a miss, +2; one taken counts -1; at _APART it runs apart.
 _MISS, _APART = 2, 4
 
@@ -37,7 +39,7 @@ class _Outputs(dict):
 
 class _Output(NamedTuple):
     operands: NamedTuple
-    state: list
+    state: tuple
     y: Tensor
 
 
@@ -137,6 +139,7 @@ class SharedInput:
         self._misses = [0] * count
         self._regions: list[weakref.ref] = []
         self._columns: dict[tuple[int, int], tuple] = {}
+        self._checked: list = []
         self._lock = threading.Lock()
         self._here = _PerThread()
 
@@ -154,7 +157,9 @@ class SharedInput:
     def __call__(self, layer: nn.Module, x: Tensor) -> Tensor:
         """layer's output for x."""
         index = layer.shared_index
-        if self._members[index]() is not layer or not _tracked(x):
+        # In inference mode nothing tells that a tensor was written to.
+        inference = torch.is_inference_mode_enabled() or not isinstance(x, Tensor) or x.is_inference()
+        if inference or self._members[index]() is not layer:
             return layer.compute(x)
         around = surroundings(x)
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
@@ -195,7 +200,7 @@ class SharedInput:
                 return layer.compute(x, operands)
             return layer.compute(x, operands, seed=round.seed, member=index)
         order = sorted(chosen)
-        ys = linear_group(x, [chosen[i][0] for i in order], order, round.seed, keep_input)
+        ys = self._compute(x, [chosen[i][0] for i in order], order, round, keep_input)
         waiting, outputs = outputs, _Outputs(outputs or ())
         if waiting:
             waiting.clear()
@@ -206,22 +211,48 @@ class SharedInput:
         if y.grad_fn is None:
             round.outputs = lambda: outputs
         else:
-            y = y.view(y.shape)
+            y = y.view_as(y)
             y.grad_fn.metadata["lorasp"] = outputs
             round.outputs = weakref.ref(outputs)
         return y
 
+    def _compute(
+        self, x: Tensor, operands: list[NamedTuple], order: list[int], round: _Round, keep_input: bool
+    ) -> tuple[Tensor, ...]:
+        """linear_group; what it checks is not checked again while sizes, dtypes and devices stay (_fit: all alike)."""
+        one = operands[0]
+        for o in operands:
+            if o.rows is not None or o.entries_B is not None or o.mask_B is not None:
+                return linear_group(x, operands, order, round.seed, keep_input)
+        found = [
+            (x.shape[-1], x.dtype, x.device, round.surroundings, one.weight.dtype, one.lora_A.dtype, one.lora_B.dtype),
+            *[(o.weight.shape, o.lora_A.shape, o.lora_B.shape, o.bias if o.bias is None else o.bias.shape, o.scale)
+              for o in operands],
+        ]  # fmt: skip
+        if found != self._checked:
+            ys = linear_group(x, operands, order, round.seed, keep_input)
+            self._checked = found
+            return ys
+        rest: list[Tensor | None] = []
+        if one.packed is not None:
+            pairs = [o.packed or (None, None) for o in operands]
+            rest = [None] * 7 * len(order) + [pair[0] for pair in pairs] + [pair[1] for pair in pairs]
+        return apply_group(
+            x, [o.weight for o in operands], [o.bias for o in operands], [o.lora_A for o in operands],
+            [o.lora_B for o in operands], rest, columns=None, scales=[o.scale for o in operands],
+            dropout_p=one.dropout_p, seed=round.seed, members=order, keep_input=keep_input, plan="auto",
+        )  # fmt: skip
+
     def _fit(
-        self, x: Tensor, index: int, mine: NamedTuple, my_state: list, other: int, its: NamedTuple, its_state: list
+        self, x: Tensor, index: int, mine: NamedTuple, my_state: tuple, other: int, its: NamedTuple, its_state: tuple
     ):
         """Whether one node can serve both and change neither."""
         return (
             its.dropout_p == mine.dropout_p
-            and all(
-                type(b) in _PLAIN and a.dtype == b.dtype and a.device == b.device
-                for a, b in zip(mine[:4], its[:4], strict=True)
-                if b is not None and a is not None
-            )
+            and _alike(its.weight, mine.weight)
+            and _alike(its.lora_A, mine.lora_A)
+            and _alike(its.lora_B, mine.lora_B)
+            and (its.bias is None or (type(its.bias) in _PLAIN and its.bias.dtype == its.weight.dtype))
             and (its.columns is mine.columns or self._same_columns(index, mine.columns, other, its.columns))
             # One node's outputs require grad together.
             and (x.requires_grad or _trains(my_state) == _trains(its_state))
@@ -265,22 +296,24 @@ class SharedInput:
             self._misses = [0] * len(self._misses)
 
 
-def _tracked(x: Tensor) -> bool:
-    """Whether a write to x shows."""
-    return isinstance(x, Tensor) and not torch.is_inference_mode_enabled() and not x.is_inference()
+def _state(operands: NamedTuple) -> tuple:
+    """What may change of operands that stay the same objects: whether any requires grad, then versions and flags."""
+    weight, bias, lora_A, lora_B, *rest = operands[:4] if operands[7:] == _WHOLE else (*operands[:4], *operands[7:])
+    state = (
+        weight.requires_grad, lora_A.requires_grad, lora_B.requires_grad, bias is not None and bias.requires_grad,
+    )  # fmt: skip
+    versions = weight._version, lora_A._version, lora_B._version, bias is None or bias._version
+    if rest:
+        versions += tuple([tensor is None or tensor._version for tensor in rest])
+    return state, versions
 
 
-def _tensors(operands: NamedTuple) -> list[Tensor]:
-    return [tensor for tensor in (*operands[:4], *operands[7:]) if tensor is not None]
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return type(one) in _PLAIN and one.dtype == other.dtype and one.device == other.device
 
 
-def _state(operands: NamedTuple) -> list:
-    """What may change of an operand that stays the same object."""
-    return [(tensor._version, tensor.requires_grad) for tensor in _tensors(operands)]
-
-
-def _trains(state: list) -> bool:
-    return any(requires_grad for _, requires_grad in state)
+def _trains(state: tuple) -> bool:
+    return True in state[0]
 
 
 def _unchanged(output: _Output, operands: NamedTuple) -> bool:

@@ -22,7 +22,8 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 def surroundings(x: Tensor) -> tuple:
     """What a call with x computes in, besides its arguments: grad mode, autocast, the forced backend and plan."""
-    return torch.is_grad_enabled(), autocast_dtype(x), *registry.forced()
+    autocast = autocast_dtype(x) if torch._C._is_any_autocast_enabled() else None
+    return torch.is_grad_enabled(), autocast, *registry.forced()
 
 
 def compute_dtypes(where: str, x: Tensor, autocast: torch.dtype | None) -> tuple[torch.dtype, tuple, tuple]:

@@ -1,5 +1,6 @@
 """lora_linear_group: validate, choose a backend, call the operator."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lorasp import rng
 from lorasp.functional.arguments import autocast_dtype, check_dropout, check_tensor, compute_dtypes, factor, seed_tensor
 from lorasp.functional.lora_linear import PackedWeight
 from lorasp.ops import registry
@@ -73,7 +75,7 @@ def lora_linear_group(
         raise TypeError(f"{where}: x must be a Tensor, got {type(x).__name__}")
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"{where}: x must be (..., K) with K >= 1, got {tuple(x.shape)}")
-    dtype, inputs, low_rank = compute_dtypes(where, x, autocast_dtype(x))
+    _, inputs, low_rank = compute_dtypes(where, x, autocast_dtype(x))
     count = len(weights)
     if count == 0:
         raise ValueError(f"{where}: weights must hold at least one tensor, got {weights!r}")
@@ -103,17 +105,44 @@ def lora_linear_group(
             raise ValueError(f"{where}: members must be ints in [0, 2^32), got {members[i]!r}")
     if plan not in registry.PLANS:
         raise ValueError(f"{where}: plan must be one of {', '.join(registry.PLANS)}, got {plan!r}")
-    dropping = check_dropout(where, dropout_p)
-    rank = {"lora_As", "lora_Bs", "frozen_As", "frozen_Bs"}
-    flat = (
-        t if name not in rank or t is None else factor(t, dtype)
-        for name, field in zip(Members._fields, m, strict=True)
-        for t in field
-    )
+    check_dropout(where, dropout_p)
+    dtype = autocast_dtype(x) or x.dtype
+    frozen = [tensor if tensor is None else factor(tensor, dtype) for field in m[4:6] for tensor in field]
+    rest = [*frozen, *itertools.chain.from_iterable(m[6:])]
+    if all(tensor is None for tensor in rest):
+        rest = ()
+    return apply_group(
+        x, *m[:4], rest, columns=partial.columns, scales=scales, dropout_p=dropout_p, seed=seed, members=members,
+        keep_input=keep_input, plan=plan,
+    )  # fmt: skip
+
+
+def apply_group(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    rest: Sequence[Tensor | None],
+    *,
+    columns: Tensor | None,
+    scales: Sequence[float],
+    dropout_p: float,
+    seed: int | Tensor | None,
+    members: Sequence[int],
+    keep_input: bool,
+    plan: str,
+) -> tuple[Tensor, ...]:
+    """lora_linear_group of arguments that were checked. rest: the other fields of Members in a row, or nothing."""
+    where, device, dtype = "lora_linear_group", x.device, autocast_dtype(x) or x.dtype
+    dropping = dropout_p != 0.0 and rng.threshold(dropout_p) > 0
+    how = (
+        tuple([float(scale) for scale in scales]), float(dropout_p) if dropping else 0.0, tuple(members), keep_input,
+        dtype, registry.choose(where, device.type, dtype), registry.choose_plan(plan),
+    )  # fmt: skip
     return LoRALinearGroupFunction.apply(
-        x, seed_tensor(where, seed, x.device) if dropping else None, partial.columns,
-        tuple(float(scale) for scale in scales), float(dropout_p) if dropping else 0.0, tuple(members), keep_input,
-        dtype, registry.choose(where, x.device.type, dtype), registry.choose_plan(plan), *flat,
+        x, seed_tensor(where, seed, device) if dropping else None, columns, how, *weights, *biases,
+        *[factor(tensor, dtype) for tensor in lora_As], *[factor(tensor, dtype) for tensor in lora_Bs], *rest,
     )  # fmt: skip
 
 

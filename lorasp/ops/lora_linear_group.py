@@ -10,6 +10,7 @@ Member i's dropout mask takes members[i] as a counter word of the group's one se
 nothing in backward. Sources: LoRA arXiv 2106.09685; LoRA-FA arXiv 2308.03303; LoRA-SP arXiv 2403.08822.
 """
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -51,6 +52,16 @@ class Members(NamedTuple):
     mask_Bs: tuple
     packed_forward: tuple
     packed_backward: tuple
+
+
+# Members whose factors train whole have the first four fields only.
+_WHOLE = 4
+
+
+def _fields(flat, count: int) -> list:
+    """The fields of Members from the tensors of all of them, one after the other."""
+    fields = [flat[i : i + count] for i in range(0, len(flat), count)]
+    return fields + [(None,) * count] * (len(Members._fields) - len(fields))
 
 
 def _rank(lora_A: Tensor, frozen_A: Tensor | None) -> int:
@@ -121,43 +132,53 @@ backward_ops = registry.declare(
 class LoRALinearGroupFunction(torch.autograd.Function):
     """Forward and backward of lora_linear_group over the raw ops of one backend; second derivatives raise.
 
-    flat: Members, field after field. keep_input: save x itself where only x[:, columns] is needed, because something
-    else keeps x alive anyway.
+    how: (scales, dropout_p, members, keep_input, compute dtype, backend, plan), one argument because each costs time.
+    flat: Members, field after field, or the first four fields where the others are all None. keep_input: save x itself
+    where only x[:, columns] is needed, because something else keeps x alive anyway.
     """
 
     @staticmethod
-    def forward(ctx, x, seed, columns, scales, dropout_p, members, keep_input, dtype, backend, plan, *flat):
+    def forward(ctx, x, seed, columns, how, *flat):
+        scales, dropout_p, members, keep_input, dtype, backend, plan = how
         count = len(scales)
-        m = Members(*(flat[i : i + count] for i in range(0, len(flat), count)))
-        need = Members(*(ctx.needs_input_grad[10 + i : 10 + i + count] for i in range(0, len(flat), count)))
-        need_x, need_A, need_weights = ctx.needs_input_grad[0], any(need.lora_As), any(need.weights)
-        save_x = need_weights or (need_A and (columns is None or keep_input))
+        m = Members._make(_fields(flat, count))
+        needs = ctx.needs_input_grad
+        need_weights, _, need_As, need_Bs = (needs[i : i + count] for i in range(4, 4 + 4 * count, count))
+        need_x, need_A = needs[0], True in need_As
+        save_x = True in need_weights or (need_A and (columns is None or keep_input))
         keep_columns = need_A and not save_x
         ys, xas, x_columns = forward_ops[backend](
             as_rows(x, dtype), [cast(w, dtype) for w in m.weights], [cast(b, dtype) for b in m.biases], m.lora_As,
             m.lora_Bs, m.frozen_As, m.frozen_Bs, columns, m.rows, m.entries_A, m.entries_B, seed, scales, dropout_p,
             members, keep_columns, plan, m.packed_forward,
         )  # fmt: skip
-        need_rank = [a or b for a, b in zip(need.lora_As, need.lora_Bs, strict=True)]
-        needed = need_x or any(need_rank)
+        needed = need_x or need_A or True in need_Bs
+        nothing = (None,) * count
+        saved = [
+            [xa if trains else None for xa, trains in zip(xas, need_Bs, strict=True)],
+            m.weights if need_x else nothing,
+            *(m[2:4] if needed else (nothing, nothing)),
+        ]
+        if len(flat) > _WHOLE * count:
+            saved += [
+                *(m[4:9] if needed else (nothing,) * 5),
+                [mask if trains else None for mask, trains in zip(m.mask_As, need_As, strict=True)],
+                [mask if trains else None for mask, trains in zip(m.mask_Bs, need_Bs, strict=True)],
+                m.packed_backward if need_x else nothing,
+            ]
         ctx.save_for_backward(
             x if save_x else None,
             x_columns if keep_columns else None,
             seed if need_x or need_A else None,
             columns if needed else None,
-            *(xa if trains else None for xa, trains in zip(xas, need.lora_Bs, strict=True)),
-            *(weight if need_x else None for weight in m.weights),
-            *(tensor for field in m[2:9] for tensor in (field if needed else (None,) * count)),
-            *(mask if trains else None for mask, trains in zip(m.mask_As, need.lora_As, strict=True)),
-            *(mask if trains else None for mask, trains in zip(m.mask_Bs, need.lora_Bs, strict=True)),
-            *(packed if need_x else None for packed in m.packed_backward),
+            *itertools.chain.from_iterable(saved),
         )
         ctx.set_materialize_grads(False)
         ctx.constants = (
-            x.shape, x.dtype, tuple(w.dtype for w in m.weights), tuple(b is not None and b.dtype for b in m.biases),
-            scales, dropout_p, members, dtype, backend, plan,
+            x.shape, x.dtype, [w.dtype for w in m.weights], [b is not None and b.dtype for b in m.biases], scales,
+            dropout_p, members, dtype, backend, plan,
         )  # fmt: skip
-        return tuple(shaped(y, x) for y in ys)
+        return tuple(ys) if x.ndim == 2 else tuple([shaped(y, x) for y in ys])
 
     @staticmethod
     def backward(ctx, *dys):
@@ -168,38 +189,41 @@ def _backward(ctx, *dys):
     x_shape, x_dtype, weight_dtypes, bias_dtypes, scales, dropout_p, members, dtype, backend, plan = ctx.constants
     count = len(scales)
     x, x_columns, seed, columns, *flat = ctx.saved_tensors
-    fields = [flat[i : i + count] for i in range(0, len(flat), count)]
     needs = ctx.needs_input_grad
-    need = Members(*(needs[10 + i : 10 + i + count] for i in range(0, 13 * count, count)))
-    gradients = {name: [None] * count for name in ("weights", "biases", "lora_As", "lora_Bs")}
-    dx = None
+    need_weights, need_biases, need_As, need_Bs = (needs[i : i + count] for i in range(4, 4 + 4 * count, count))
     used = [i for i in range(count) if dys[i] is not None]
     dys = [dys[i].reshape(-1, dys[i].shape[-1]) for i in used]
-    need_A, need_B = ([group[i] for i in used] for group in (need.lora_As, need.lora_Bs))
+    need_A, need_B = [need_As[i] for i in used], [need_Bs[i] for i in used]
+    dx = None
+    dweights, dbiases, dlora_As, dlora_Bs = [None] * count, [None] * count, [None] * count, [None] * count
     rows_x = None if x is None else as_rows(x, dtype)
-    if used and (needs[0] or any(need_A) or any(need_B)):
-        xas, weights, *rest = ([field[i] for i in used] for field in fields)
-        lora_As, lora_Bs, frozen_As, frozen_Bs, rows, entries_A, entries_B, mask_As, mask_Bs, packed = rest
-        if any(need_A) and columns is not None and x_columns is None:
+    if used and (needs[0] or True in need_A or True in need_B):
+        # As in Members, but for xas first instead of the biases, and one packed weight.
+        fields = _fields(flat, count)[: len(Members._fields) - 1]
+        if len(used) < count:
+            fields = [[field[i] for i in used] for field in fields]
+        xas, weights, lora_As, lora_Bs, frozen_As, frozen_Bs, rows, entries_A, entries_B, mask_As, mask_Bs, packed = (
+            fields
+        )
+        trains_A = True in need_A
+        if trains_A and columns is not None and x_columns is None:
             x_columns = rows_x.index_select(1, columns)
         weights = [cast(w, dtype) for w in weights] if needs[0] else [dys[0].new_empty((0, 0))] * len(used)
-        dx, dlora_As, dlora_Bs = backward_ops[backend](
-            dys, rows_x if any(need_A) and columns is None else None, x_columns if any(need_A) else None, weights,
-            lora_As, lora_Bs, frozen_As, frozen_Bs, columns, rows, entries_A, entries_B, xas, seed, mask_As, mask_Bs,
+        dx, das, dbs = backward_ops[backend](
+            dys, rows_x if trains_A and columns is None else None, x_columns if trains_A else None, weights, lora_As,
+            lora_Bs, frozen_As, frozen_Bs, columns, rows, entries_A, entries_B, xas, seed, mask_As, mask_Bs,
             [scales[i] for i in used], dropout_p, [members[i] for i in used], x_shape[-1], needs[0], need_A, need_B,
             plan, packed,
         )  # fmt: skip
-        dx = dx.reshape(x_shape).to(x_dtype) if needs[0] else None
-        for position, i in enumerate(used):
-            gradients["lora_As"][i] = dlora_As[position] if need_A[position] else None
-            gradients["lora_Bs"][i] = dlora_Bs[position] if need_B[position] else None
-    for dy, i in zip(dys, used, strict=True):
-        if need.weights[i]:
-            gradients["weights"][i] = (dy.t() @ rows_x).to(weight_dtypes[i])
-        if need.biases[i]:
-            gradients["biases"][i] = dy.sum(0).to(bias_dtypes[i])
-    tensors = (gradient for field in gradients.values() for gradient in field)
-    return dx, *(None,) * 9, *tensors, *(None,) * (9 * count)
+        dx = cast(dx if len(x_shape) == 2 else dx.reshape(x_shape), x_dtype) if needs[0] else None
+        for i, trains_A, trains_B, da, db in zip(used, need_A, need_B, das, dbs, strict=True):
+            dlora_As[i], dlora_Bs[i] = da if trains_A else None, db if trains_B else None
+    if True in need_weights or True in need_biases:
+        for dy, i in zip(dys, used, strict=True):
+            dweights[i] = (dy.t() @ rows_x).to(weight_dtypes[i]) if need_weights[i] else None
+            dbiases[i] = dy.sum(0).to(bias_dtypes[i]) if need_biases[i] else None
+    rest = (None,) * (len(needs) - 4 - 4 * count)
+    return dx, None, None, None, *dweights, *dbiases, *dlora_As, *dlora_Bs, *rest
 
 
 # With grad mode on (create_graph=True) the result must refuse to be differentiated again.
