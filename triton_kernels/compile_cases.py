@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from . import lora_linear, tuning
+from . import dropkey_attention, lora_linear, tuning
 from .launch import CompileCase, record
 
 ARCHITECTURES = (80, 90, 100, 120)
@@ -23,14 +23,24 @@ _STEPS = (
     *itertools.product((torch.float32,), (_WIDE_RANK, _ODD), ("ieee",)),
     *itertools.product((torch.float32,), (_TRAINING,), ("tf32",)),
 )
+# (dtype, head dimension, pattern, mask): key lists with a bias meet every kernel, and the least registers to spare.
+_ATTENTION_STEPS = {
+    80: ((torch.bfloat16, 128, "column", "bias"),),
+    90: ((torch.bfloat16, 128, "column", "bias"), (torch.bfloat16, 128, "column", "padding")),
+    100: ((torch.bfloat16, 64, "column", "bias"),),
+    120: ((torch.float32, 64, "column", "bias"), (torch.float16, 64, "element", "bias")),
+}
 
 
 def compile_cases(arch: int) -> list[CompileCase]:
-    """The distinct specialisations that lora_linear launches on `arch`, with every plan, dtype, dropout on and off."""
+    """The distinct specialisations that are launched on `arch`: of lora_linear with every plan, dtype, dropout on and
+    off, of dropkey_attention some that stand for the rest."""
     with record(tuning.target_of_arch(arch)) as cases:
         for (dtype, shape, precision), plan, dropout_p in itertools.product(_STEPS, tuning.PLANS[1:], (0.0, 0.1)):
             with _matmul_precision(precision):
                 _step(dtype, shape, plan, dropout_p)
+        for step in _ATTENTION_STEPS[arch]:
+            _attention_step(*step)
     return cases
 
 
@@ -48,6 +58,20 @@ def _step(dtype: torch.dtype, shape: tuple[int, int, int, int], plan: str, dropo
     lora_linear.backward(
         meta(M, N), x, weight, lora_A, lora_B, xa, seed, mask_A, mask_B, 1.0, dropout_p, 0, True, True, True, plan
     )
+
+
+def _attention_step(dtype: torch.dtype, D: int, pattern: str, mask: str) -> None:
+    """One causal forward and backward on meta tensors; mask: a bias that takes a gradient, or key padding."""
+    B, H, S = 2, 16, 2048
+
+    def meta(*sizes, kind=dtype):
+        return torch.empty(sizes, dtype=kind, device="meta")
+
+    q, k, v, do = (meta(B, S, H, D).transpose(1, 2) for _ in range(4))
+    attn_mask = meta(1, H, S, S) if mask == "bias" else meta(B, 1, 1, S, kind=torch.bool)
+    arguments = attn_mask, meta(kind=torch.int64), 0.1, pattern, True, D**-0.5
+    o, lse = dropkey_attention.forward(q, k, v, *arguments)
+    dropkey_attention.backward(do, q, k, v, o, lse, *arguments, True, True, True, mask == "bias")
 
 
 @contextlib.contextmanager
