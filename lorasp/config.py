@@ -99,7 +99,8 @@ class PartialConfig:
         short; single below) and of B's rows: halves the saved input, the work on dA and dB, parameters, gradients and
         optimizer state. "element": single entries; halves all but the saved input. "rank": rows of A and the same
         columns of B; as "element". "matrix": A is frozen in one half of the modules and B in the other (ratio 0.5
-        only); where B is frozen it starts at random and A at zero, so that the adapter starts at zero and trains.
+        only); where B is frozen it starts at random and A at zero, so that the adapter starts at zero and trains. Under
+        resampling a resting matrix has no gradient (DistributedDataParallel wants find_unused_parameters=True).
     resample: "never": the choice is made once and any optimizer sees only what trains. k >= 1: another choice every k
         optimizer steps; "epoch": at every lorasp.resample(model); both need lorasp.optim.PartialAdamW, and optimizer
         state is then whole.

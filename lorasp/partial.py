@@ -1,8 +1,8 @@
 """LoRA-SP (arXiv 2403.08822): half of the LoRA parameters, randomly selected, is frozen during fine-tuning.
 
-That much is what the paper's abstract fixes. What the unit of choice is (PartialConfig's
-granularity), the same ratio for A and for B, and whether the choice changes during training (resample) is this
-library's reading. "LoRA-SP (Select-Prune)", arXiv 2603.07404, is another method.
+That much is what the paper's abstract fixes. What the unit of choice is (PartialConfig's granularity), the same ratio
+for A and for B, and whether the choice changes during training (resample) is this library's reading. "LoRA-SP
+(Select-Prune)", arXiv 2603.07404, is another method.
 """
 
 from collections.abc import Mapping, Sequence

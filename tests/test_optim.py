@@ -51,7 +51,7 @@ def same(left, right) -> bool:
 
 class TestRawOp:
     def run(self, backend, dtype, shape, *, values=None, taken=0, poison=False) -> list[torch.Tensor]:
-        """param, exp_avg, exp_avg_sq, step after three steps over changing selections; values: the dtype of the numbers."""
+        """param, exp_avg, exp_avg_sq, step after three steps over changing selections; values: dtype of the numbers."""
         torch.manual_seed(1)
         param = torch.randn(P, Q).to(values or dtype).to(dtype)
         moments = [torch.zeros_like(param), torch.zeros_like(param)]
@@ -91,6 +91,10 @@ class TestRawOp:
         tensors = self.run(backend, dtype, ACTIVE_SHAPES[kind], poison=True)
         assert all(tensor.isfinite().all() for tensor in tensors)
         assert tensors[3].unique().numel() > 1 or kind == "all or nothing"
+
+    def test_the_compiled_op_serves_what_it_can(self):
+        assert registry.choose("partial_adamw", "cpu", torch.bfloat16) == ("cpp" if "cpp" in BACKENDS else "reference")
+        assert registry.choose("partial_adamw", "cpu", torch.float64) == "reference"
 
     @pytest.mark.parametrize("kind", ACTIVE_SHAPES)
     @pytest.mark.parametrize("backend", BACKENDS)

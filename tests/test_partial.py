@@ -143,14 +143,17 @@ class TestSelection:
         assert torch.equal(layer.lora_B, before[1])
 
     def test_scores_of_a_block_are_summed(self):
-        layer = layer_with_values(in_features=1000)
-        score_A = torch.zeros(R, 1000)
+        layers = [layer_with_values(in_features=1000, seed=seed) for seed in range(20)]
+        layer = next(layer for layer in layers if layer.adapters.default.columns.numel() == 512)
+        before, score_A = layer.lora_A.clone(), torch.zeros(R, 1000)
         score_A[1, 960:] = score_A[2, 7 * 64 - 1] = score_A[0, : 6 * 64] = 1.0
         layer.select(score_A, torch.zeros(N, R))
         chosen = layer.trainable_mask_A()[0]
         assert chosen[: 7 * 64].all()
         assert chosen[960:].all()
         assert chosen.sum() == 7 * 64 + 40
+        assert layer.adapters.default.lora_A_packed.shape == (R, 7 * 64 + 40)
+        assert torch.equal(layer.lora_A, before)
 
     def test_scores_for_a_model_choose_shared_columns_together(self):
         model = Model()

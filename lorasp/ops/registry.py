@@ -120,7 +120,7 @@ def choose(operator: str, device_type: str, dtype: torch.dtype) -> str:
             raise ValueError(f"{operator}: the forced backend cannot serve this call: {reason}")
         return _forced_backend
     best = {"cpu": "cpp", "cuda": "triton"}.get(device_type, "reference")
-    if best == "cpp" and f"{operator}_fwd" not in _compiled:
+    if best == "cpp" and not {operator, f"{operator}_fwd"} & _compiled:
         return "reference"
     return best if unsupported(best, device_type, dtype) is None else "reference"
 
