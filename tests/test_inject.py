@@ -310,3 +310,87 @@ def test_an_injected_model_can_be_copied_and_keeps_its_record():
     assert twin.lorasp_configs == model.lorasp_configs
     assert trainable(twin) == trainable(model)
     assert torch.equal(twin(TOKENS)[0], model(TOKENS)[0])
+
+
+class TestSharedInput:
+    SIDE_BY_SIDE = (("q_proj", "k_proj", "v_proj"),)
+
+    def groups(self, **arguments) -> tuple:
+        return inject(Model(), config(**arguments)).groups
+
+    @pytest.mark.parametrize(
+        ("targets", "members"),
+        [
+            (["q_proj", "k_proj", "v_proj"], ["q_proj", "k_proj", "v_proj"]),
+            (["q_proj", "v_proj", "up"], ["q_proj", "v_proj"]),
+            (ALL_LINEAR, ["q_proj", "k_proj", "v_proj"]),
+        ],
+    )
+    def test_named_layers_side_by_side(self, targets, members):
+        share = [["q_proj", "k_proj", "v_proj"]] if "k_proj" in members else [["q_proj", "v_proj"]]
+        groups = self.groups(target_modules=targets, share_input=share)
+        assert groups == tuple(tuple(f"model.layers.{i}.attention.{m}" for m in members) for i in range(3))
+
+    def test_names_may_have_several_parts(self):
+        groups = self.groups(target_modules=ALL_LINEAR, share_input=[["1.attention.q_proj", "1.up"]])
+        assert groups == (("model.layers.1.attention.q_proj", "model.layers.1.up"),)
+
+    def test_only_adapted_layers_take_part(self):
+        model = Model()
+        report = inject(
+            model, config(target_modules=["0.attention.q_proj", "v_proj"], share_input=[["q_proj", "v_proj"]])
+        )
+        assert report.groups == (("model.layers.0.attention.q_proj", "model.layers.0.attention.v_proj"),)
+        assert model.model.layers[1].attention.v_proj.shared_input is None
+
+    @pytest.mark.parametrize("share", [True, False])
+    def test_unknown_models_have_none(self, share):
+        assert self.groups(target_modules=ALL_LINEAR, share_input=share) == ()
+
+    def test_the_report_names_them(self):
+        report = inject(Model(), config(share_input=[["q_proj", "v_proj"]]))
+        assert "one operator per input: q_proj+v_proj x3" in str(report)
+
+    def test_a_model_with_groups_is_the_model_without(self):
+        results = []
+        for share in ([["q_proj", "k_proj", "v_proj"]], False):
+            model = Model()
+            torch.manual_seed(1)
+            inject(model, config(target_modules=ALL_LINEAR, share_input=share, init_lora_weights=False))
+            exact = copy.deepcopy(model).double()(TOKENS)
+            results.append((*model(TOKENS), *exact))
+        new, old = results
+        for y, other, reference64 in zip(new[:2], old[:2], old[2:], strict=True):
+            testing.assert_close(y, other, reference64, torch.float32)
+
+    @pytest.mark.parametrize(
+        ("share", "message"),
+        [
+            ([["q_proj", "query"]], "share_input name 'query' fits no adapted layer"),
+            ([["q_proj", "k_proj"]], "share_input name 'k_proj' fits no adapted layer"),
+            ([["0.attention.q_proj", "1.attention.v_proj"]], None),
+            ([["q_proj", "v_proj"], ["v_proj", "q_proj"]], "share_input must name model.layers.0.attention"),
+        ],
+    )
+    def test_groups_that_cannot_be(self, share, message):
+        model = Model()
+        before = snapshot(model)
+        if message is None:
+            assert inject(model, config(share_input=share)).groups == (
+                ("model.layers.0.attention.q_proj", "model.layers.1.attention.v_proj"),
+            )
+            return
+        with pytest.raises(ValueError, match=message):
+            inject(model, config(share_input=share))
+        assert snapshot(model) == before
+
+    def test_layers_of_different_width(self):
+        model = nn.Module()
+        model.a, model.b = nn.Linear(8, 8), nn.Linear(9, 8)
+        with pytest.raises(ValueError, match=r"share_input 'a\+b': the layers must have the same in_features"):
+            inject(model, config(target_modules=["a", "b"], share_input=[["a", "b"]]))
+
+    @pytest.mark.parametrize("share", ["q_proj", 1, [], [["q_proj"]], [["q_proj", "q_proj"]], ["q_proj", "v_proj"]])
+    def test_what_is_no_group(self, share):
+        with pytest.raises((TypeError, ValueError), match="share_input"):
+            config(share_input=share)
