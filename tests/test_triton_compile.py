@@ -25,7 +25,11 @@ KERNELS = {
     for name in vars(importlib.import_module(f"lorasp.triton_kernels.{file.stem}"))
     if name.startswith("_") and name.endswith("_kernel")
 }
-TMA_KERNELS = {"_lora_linear_gemm_tma_kernel", "_lora_linear_onepass_tma_kernel"}
+TMA_KERNELS = {
+    "_lora_linear_gemm_tma_kernel",
+    "_lora_linear_onepass_tma_kernel",
+    "_lora_linear_group_gemm_tma_kernel",
+}
 
 TENSOR_MEMORY_COLUMNS = 512
 

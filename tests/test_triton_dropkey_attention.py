@@ -1,19 +1,14 @@
 """dropkey_attention on Triton: interpreted everywhere, on hardware where there is a GPU; the choice of tiles."""
 
 import itertools
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy
 import pytest
 import torch
+from interpreter import run_interpreted
 
 pytest.importorskip("triton", reason="triton is not installed")
-
-import triton
 
 from lorasp.ops.dropkey_attention import forward_ops
 from lorasp.reference import dropkey_attention as reference
@@ -27,21 +22,7 @@ TESTS = Path(__file__).parent
 
 
 def test_interpreted():
-    """A process of its own: triton reads TRITON_INTERPRET when it is imported."""
-    if (
-        tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
-        and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0"
-    ):
-        pytest.skip("Triton 3.6's interpreter does not run on numpy 2.4")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", TESTS / "interpret" / "dropkey_attention.py"],
-        env=environment | {"TRITON_INTERPRET": "1"},
-        cwd=TESTS.parent,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+    run_interpreted("interpret/dropkey_attention.py")
 
 
 def test_cpu_tensors_are_refused_where_kernels_are_compiled():

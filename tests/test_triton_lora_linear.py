@@ -1,19 +1,14 @@
 """lora_linear on Triton: interpreted everywhere, on hardware where there is a GPU; the choice of plans and tiles."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy
 import pytest
 import torch
+from interpreter import run_interpreted
 
 pytest.importorskip("triton", reason="triton is not installed")
-
-import triton
 
 from lorasp import rng
 from lorasp.ops import lora_linear as ops
@@ -27,21 +22,7 @@ PLANS = ("addmm", "fused", "onepass")
 
 @pytest.mark.parametrize("files", ["interpret/lora_linear.py", "interpret/lora_linear_kernels.py", "test_ops.py"])
 def test_interpreted(files):
-    """A process of its own per file: triton reads TRITON_INTERPRET when it is imported."""
-    if (
-        tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
-        and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0"
-    ):
-        pytest.skip("Triton 3.6's interpreter does not run on numpy 2.4")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-W", "error::UserWarning:lorasp", TESTS / files],
-        env=environment | {"TRITON_INTERPRET": "1"},
-        cwd=TESTS.parent,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+    run_interpreted(files)
 
 
 ROW = {

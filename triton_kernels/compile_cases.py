@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from . import dropkey_attention, lora_linear, tuning
+from . import dropkey_attention, lora_linear, lora_linear_group, tuning
 from .launch import CompileCase, record
 
 ARCHITECTURES = (80, 90, 100, 120)
@@ -23,6 +23,12 @@ _STEPS = (
     *itertools.product((torch.float32,), (_WIDE_RANK, _ODD), ("ieee",)),
     *itertools.product((torch.float32,), (_TRAINING,), ("tf32",)),
 )
+# (M, K, members' N, members' R), dropout: all of them for a selection of features, plan fused.
+_GROUP_STEPS = (
+    ((8192, 4096, (4096, 4096, 4096), (16, 16, 16)), 0.0),
+    ((8192, 4096, (4096, 4096, 4096), (16, 16, 16)), 0.1),
+    ((1000, 4099, (4099, 4099), (24, 24)), 0.0),
+)
 # (dtype, head dimension, pattern, mask): key lists with a bias meet every kernel, and the least registers to spare.
 _ATTENTION_STEPS = {
     80: ((torch.bfloat16, 128, "column", "bias"),),
@@ -34,11 +40,13 @@ _ATTENTION_STEPS = {
 
 def compile_cases(arch: int) -> list[CompileCase]:
     """The distinct specialisations that are launched on `arch`: of lora_linear with every plan, dtype, dropout on and
-    off, of dropkey_attention some that stand for the rest."""
+    off, of the others some that stand for the rest."""
     with record(tuning.target_of_arch(arch)) as cases:
         for (dtype, shape, precision), plan, dropout_p in itertools.product(_STEPS, tuning.PLANS[1:], (0.0, 0.1)):
             with _matmul_precision(precision):
                 _step(dtype, shape, plan, dropout_p)
+        for shape, dropout_p in _GROUP_STEPS:
+            _group_step(torch.bfloat16, shape, "fused", dropout_p)
         for step in _ATTENTION_STEPS[arch]:
             _attention_step(*step)
     return cases
@@ -58,6 +66,34 @@ def _step(dtype: torch.dtype, shape: tuple[int, int, int, int], plan: str, dropo
     lora_linear.backward(
         meta(M, N), x, weight, lora_A, lora_B, xa, seed, mask_A, mask_B, 1.0, dropout_p, 0, True, True, True, plan
     )
+
+
+def _group_step(dtype: torch.dtype, shape: tuple, plan: str, dropout_p: float) -> None:
+    """One forward and backward of a group that trains on half of its features, on meta tensors."""
+    M, K, widths, ranks = shape
+    nothing, needed = [None] * len(ranks), [True] * len(ranks)
+
+    def meta(*sizes, kind=dtype):
+        return torch.empty(sizes, dtype=kind, device="meta")
+
+    x, weights, seed = meta(M, K), [meta(N, K) for N in widths], meta(kind=torch.int64)
+    columns, rows = meta(K // 2, kind=torch.int64), [meta(N // 2, kind=torch.int64) for N in widths]
+    factors = (
+        [meta(R, K // 2) for R in ranks],
+        [meta(N // 2, R) for N, R in zip(widths, ranks, strict=True)],
+        [meta(R, K) for R in ranks],
+        nothing,
+        columns,
+        rows,
+        nothing,
+        nothing,
+    )
+    scalars = ([1.0] * len(ranks), dropout_p, list(range(len(ranks))))
+    _, xas, x_columns = lora_linear_group.forward(x, weights, nothing, *factors, seed, *scalars, True, plan)
+    lora_linear_group.backward(
+        [meta(M, N) for N in widths], None, x_columns, weights, *factors, xas, seed, nothing, nothing, *scalars, K,
+        True, needed, needed, plan,
+    )  # fmt: skip
 
 
 def _attention_step(dtype: torch.dtype, D: int, pattern: str, mask: str) -> None:

@@ -178,19 +178,24 @@ def _outer(p, h, dtype, mask, dropout, target, rank_first) -> Tensor:
     return out if parts == 1 else _reduce(partials, out, mask)
 
 
-def _project_outer(dy, lora_B, xa, scale, mask_B, dtype, target) -> tuple[Tensor, Tensor]:
-    """g (M, R) = scale · dy B in dy's dtype and dB (N, R) = dyᵀ xa in `dtype`, from one pass over dy."""
+def _project_outer(dy, lora_B, xa, scale, mask_B, dtype, target, positions=None, features=None):
+    """g (M, R) = scale · dy B in dy's dtype and dB (N, R) = dyᵀ xa in `dtype`, from one pass over dy.
+
+    positions: int32 (N,), the row of dB (features, R) that each column of dy owns, negative for none.
+    """
     (M, N), R = dy.shape, lora_B.shape[1]
+    features = N if positions is None else features
     config = tuning.one_pass_config(target, dy.dtype, M, R, aligned=_vectorizes(dy))
     tiles = triton.cdiv(M, config.block_m)
     parts, split_n = _split_sum(target, tiles, N, config.block_c, M * N * dy.element_size(), M * R)
-    g, dB = dy.new_empty((M, R)), dy.new_empty((N, R), dtype=dtype)
+    g, dB = dy.new_empty((M, R)), dy.new_empty((features, R), dtype=dtype)
     g_partials = g if parts == 1 else dy.new_empty((parts, M, R), dtype=torch.float32)
-    dB_partials = dy.new_empty((tiles, N, R), dtype=torch.float32)
+    dB_partials = dy.new_empty((tiles, features, R), dtype=torch.float32)
     arguments = {
-        "dy_ptr": dy, "b_ptr": lora_B, "xa_ptr": xa.contiguous(), "g_ptr": g_partials, "part_ptr": dB_partials, "M": M,
-        "N": N, "split_n": split_n, "stride_dym": dy.stride(0), "scale": scale, "R": R, "PRECISION": precision_of(dy),
-        "BLOCK_M": config.block_m, "BLOCK_N": config.block_c, "BLOCK_R": config.block_r,
+        "dy_ptr": dy, "b_ptr": lora_B, "xa_ptr": xa.contiguous(), "g_ptr": g_partials, "part_ptr": dB_partials,
+        "position_ptr": positions, "M": M, "N": N, "features": features, "split_n": split_n,
+        "stride_dym": dy.stride(0), "scale": scale, "R": R, "SELECTED": positions is not None,
+        "PRECISION": precision_of(dy), "BLOCK_M": config.block_m, "BLOCK_N": config.block_c, "BLOCK_R": config.block_r,
     }  # fmt: skip
     launch(_lora_linear_project_outer_kernel, (tiles, parts), arguments, config.num_warps, config.num_stages)
     if parts > 1:

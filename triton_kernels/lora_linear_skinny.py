@@ -141,16 +141,17 @@ def _lora_linear_outer_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def _lora_linear_project_outer_kernel(
-    dy_ptr, b_ptr, xa_ptr, g_ptr, part_ptr,
-    M, N, split_n, stride_dym, scale,
-    R: tl.constexpr, PRECISION: tl.constexpr,
+    dy_ptr, b_ptr, xa_ptr, g_ptr, part_ptr, position_ptr,
+    M, N, features, split_n, stride_dym, scale,
+    R: tl.constexpr, SELECTED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """g (M, R) = scale · dy B and the row-block partials of dB (N, R) = dyᵀ xa, in one pass over dy (R <= BLOCK_R).
 
     Program (i, s) walks columns s·split_n … (s+1)·split_n − 1 of row block i; g is written as in the projection, dB's
-    partials as fp32 (cdiv(M, BLOCK_M), N, R).
-    Reads M·N and M·R; writes M·R and 4·N·R·cdiv(M, BLOCK_M) bytes. FLOPs: 4·M·N·R.
+    partials as fp32 (cdiv(M, BLOCK_M), features, R). Column n owns dB's row n, or with SELECTED row position[n], none
+    where that is negative: single frozen columns share their sectors with trained ones, so dy is read whole.
+    Reads M·N and M·R; writes M·R and 4·features·R·cdiv(M, BLOCK_M) bytes. FLOPs: 4·M·N·R.
     """
     pid_m = tl.program_id(0).to(tl.int64)
     pid_s = tl.program_id(1)
@@ -174,7 +175,10 @@ def _lora_linear_project_outer_kernel(
         b = tl.load(b_ptr + rows_n * R + offs_r[None, :], mask=mask_q, other=0.0)
         acc = tl.dot(dy, b, acc, input_precision=PRECISION)
         part = tl.dot(tl.trans(dy), xa, input_precision=PRECISION)  # (BLOCK_N, BLOCK_R)
-        tl.store(part_ptr + (pid_m * N + rows_n) * R + offs_r[None, :], part, mask=mask_q)
+        if SELECTED:
+            rows_n = tl.load(position_ptr + offs_n, mask=mask_n, other=-1)[:, None].to(tl.int64)
+            mask_q = (rows_n >= 0) & mask_r[None, :]
+        tl.store(part_ptr + (pid_m * features + rows_n) * R + offs_r[None, :], part, mask=mask_q)
 
     g_rows = g_ptr + (pid_s.to(tl.int64) * M + offs_m)[:, None] * R
     tl.store(g_rows + offs_r[None, :], (acc * scale).to(g_ptr.dtype.element_ty), mask=mask_h)

@@ -29,6 +29,16 @@ def _keep_pair(word, threshold):
 
 
 @triton.jit
+def _unpack(byte, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """keep (BLOCK_M, BLOCK_K) from the lowest eight bits of byte (BLOCK_M, BLOCK_K / 8)."""
+    # Packed, because the mask changes layout on its way to the tile it masks; joined before that, because the compiler
+    # would otherwise move the whole generator into the tile's layout, where four threads share a group of eight.
+    nibbles = tl.join(byte & 15, (byte >> 4) & 15).to(tl.int8)  # (BLOCK_M, BLOCK_K / 8, 2)
+    keep = (nibbles[:, :, :, None] >> tl.arange(0, 4).to(tl.int8)[None, None, None, :]) & 1
+    return tl.reshape(keep, (BLOCK_M, BLOCK_K)) != 0
+
+
+@triton.jit
 def keep_mask(
     seed, offs_m, start_k, K, threshold, member, BLOCK_K: tl.constexpr, ALIGNED: tl.constexpr, PURPOSE: tl.constexpr = 0
 ):
@@ -44,8 +54,28 @@ def keep_mask(
     if not ALIGNED:
         byte |= _keep_byte(seed, group + 1, PURPOSE, member, threshold) << 8
         byte = byte >> (first % 8).to(tl.int32)[:, None]
-    # Packed, because the mask changes layout on its way to the tile it masks; joined before that, because the compiler
-    # would otherwise move the whole generator into the tile's layout, where four threads share a group of eight.
-    nibbles = tl.join(byte & 15, (byte >> 4) & 15).to(tl.int8)  # (BLOCK_M, BLOCK_K / 8, 2)
-    keep = (nibbles[:, :, :, None] >> tl.arange(0, 4).to(tl.int8)[None, None, None, :]) & 1
-    return tl.reshape(keep, (offs_m.shape[0], BLOCK_K)) != 0
+    return _unpack(byte, offs_m.shape[0], BLOCK_K)
+
+
+@triton.jit
+def runs_of_eight(index_ptr, offs_c, C, K):
+    """Whether index[offs_c] (sorted, those below C) are whole aligned groups of eight columns of an (M, K) mask."""
+    first = tl.load(index_ptr + offs_c // 8 * 8, mask=offs_c < C, other=0)
+    column = tl.load(index_ptr + offs_c, mask=offs_c < C, other=0)
+    apart = ((column != first + offs_c % 8) | (first % 8 != 0)) & (offs_c < C)
+    return (tl.sum(apart.to(tl.int32)) == 0) & (K % 8 == 0)
+
+
+@triton.jit
+def keep_columns(seed, offs_m, column, K, threshold, member, RUNS: tl.constexpr, PURPOSE: tl.constexpr = 0):
+    """keep (BLOCK_M, BLOCK_C) of rows `offs_m` and the columns `column` (BLOCK_C,), int64, of an (M, K) mask.
+
+    RUNS asserts what runs_of_eight tests; `column` (BLOCK_C / 8,) then names the first of every eight columns, and one
+    Philox call serves them all. Otherwise every element takes a call.
+    """
+    element = (offs_m.to(tl.int64) * K)[:, None] + column[None, :]
+    byte = _keep_byte(seed, element // 8, PURPOSE, member, threshold)
+    if RUNS:
+        return _unpack(byte, offs_m.shape[0], 8 * column.shape[0])
+    else:
+        return ((byte >> (element % 8).to(tl.int32)) & 1) != 0

@@ -176,12 +176,35 @@ def one_pass_config(target: Target, dtype: torch.dtype, M: int, R: int, *, align
     return SkinnyConfig(height, 64, pad_rank(R, 64), num_warps=8, num_stages=3 if dtype.itemsize == 2 else 2)
 
 
-def accumulate_config(target: Target, dtype: torch.dtype, M: int, R: int, *, aligned: bool) -> SkinnyConfig:
-    """Tiles of the in-place rank-R update."""
+def group_config(
+    target: Target, dtype: torch.dtype, M: int, ranks: list[int], *, aligned: bool, gather: bool, dropout: bool
+) -> SkinnyConfig:
+    """Tiles of the pass over x for several members: one accumulator of block_r columns per member.
+
+    gather: x[:, J] is stored beside them; dropout: a mask per member is formed in the tile.
+    """
+    block_r = pad_rank(max(ranks), 32 if dtype.itemsize == 2 else 16)
+    config = skinny_config(target, dtype, M, len(ranks) * block_r, aligned=aligned)
+    num_warps = 8 if gather or dropout else config.num_warps
+    return replace(config, block_c=min(config.block_c, 64), block_r=block_r, num_warps=num_warps)
+
+
+def columns_config(target: Target, dtype: torch.dtype, M: int, R: int, *, aligned: bool) -> SkinnyConfig:
+    """Tiles of dA from gathered columns under dropout: low, because single features take a Philox call per element."""
+    config = skinny_config(target, dtype, M, R, aligned=aligned)
+    return replace(
+        config, block_m=min(config.block_m, 32), block_c=min(config.block_c, 64), block_r=min(config.block_r, 64)
+    )
+
+
+def accumulate_config(
+    target: Target, dtype: torch.dtype, M: int, R: int, *, aligned: bool, members: int = 1
+) -> SkinnyConfig:
+    """Tiles of the in-place rank-R update; members: how many products, each with a mask of its own, are summed."""
     if target.arch == 0:
         return skinny_config(target, dtype, M, R, aligned=aligned)
     wide = dtype.itemsize == 2 and aligned
-    height, width = min(64 if wide else 32, next_power_of_two(max(M, 16))), 128 if wide else 64
+    height, width = min(64 if wide and members == 1 else 32, next_power_of_two(max(M, 16))), 128 if wide else 64
     return SkinnyConfig(height, width, pad_rank(R, 32 if wide else 16), num_warps=8, num_stages=1)
 
 
@@ -221,7 +244,16 @@ def load_table(name: str) -> dict:
 
 @lru_cache(maxsize=4096)
 def select_plan(
-    plan: str, direction: str, M: int, N: int, K: int, R: int, dtype: torch.dtype, dropout: bool, target: Target
+    plan: str,
+    direction: str,
+    M: int,
+    N: int,
+    K: int,
+    R: int,
+    dtype: torch.dtype,
+    dropout: bool,
+    target: Target,
+    operator: str = "lora_linear",
 ) -> Plan:
     """The plan of one call: `plan` itself where it is forced, else the table's choice, on any device.
 
@@ -229,7 +261,7 @@ def select_plan(
     an unknown plan.
     """
     if plan not in PLANS:
-        raise ValueError(f"lora_linear: plan must be one of {', '.join(PLANS)}, got {plan!r}")
+        raise ValueError(f"{operator}: plan must be one of {', '.join(PLANS)}, got {plan!r}")
     table = load_table(target.name)
     dtype_name = str(dtype).removeprefix("torch.")
 
