@@ -104,7 +104,7 @@ class PartialConfig:
     resample: "never": the choice is made once and any optimizer sees only what trains. k >= 1: another choice every k
         optimizer steps; "epoch": at every lorasp.resample(model); both need lorasp.optim.PartialAdamW, and optimizer
         state is then whole.
-    seed: the choice follows from it and the layer's name.
+    seed: the choice follows from it and the layer's name. lorasp.partial.select chooses by scores instead.
 
     Source: LoRA-SP, arXiv 2403.08822. Its abstract fixes that half of the LoRA parameters, randomly selected, is frozen
     during fine-tuning; granularity, ratio and resampling are this library's reading of it, and none of its accuracy

@@ -178,14 +178,21 @@ class TestSelection:
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 @pytest.mark.parametrize("resample", RESAMPLES)
 @pytest.mark.parametrize(("granularity", "freeze_A"), WITH_FREEZE_A)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_outputs_and_gradients_are_those_of_dense_lora_masked(dtype, granularity, resample, freeze_A, dropout):
-    layer = layer_with_values(granularity, resample, dtype=dtype, freeze_A=freeze_A, lora_dropout=dropout)
+@pytest.mark.parametrize(
+    ("dtype", "masters"),
+    [(torch.float64, None), (torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, torch.float32)],
+)
+def test_outputs_and_gradients_are_those_of_dense_lora_masked(dtype, masters, granularity, resample, freeze_A, dropout):
+    layer = layer_with_values(
+        granularity, resample, dtype=dtype, adapter_dtype=masters, freeze_A=freeze_A, lora_dropout=dropout
+    )
     mask_A, mask_B = masks(layer)
     ((x, dy),) = batches(1, 9, layer, dtype)
 
-    def dense(dtype):
-        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, layer.lora_A, layer.lora_B)]
+    def dense(dtype, factors):
+        leaves = [
+            t.detach().to(d).requires_grad_() for t, d in ((x, dtype), (layer.lora_A, factors), (layer.lora_B, factors))
+        ]
         torch.manual_seed(5)
         y = lorasp.lora_linear(
             leaves[0], layer.weight.to(dtype), leaves[1], leaves[2], layer.bias.to(dtype), scale=layer.scale,
@@ -194,7 +201,8 @@ def test_outputs_and_gradients_are_those_of_dense_lora_masked(dtype, granularity
         return y, torch.autograd.grad(y, leaves, dy.to(dtype))
 
     with lorasp.use_backend("reference"):
-        (reference, grads), (reference64, grads64) = dense(dtype), dense(torch.float64)
+        reference, grads = dense(dtype, masters or dtype)
+        reference64, grads64 = dense(torch.float64, torch.float64)
     x.requires_grad_()
     torch.manual_seed(5)
     y = layer(x)
@@ -208,6 +216,7 @@ def test_outputs_and_gradients_are_those_of_dense_lora_masked(dtype, granularity
     ):
         if hasattr(adapter, f"{name}_packed"):
             actual = getattr(adapter, f"{name}_packed").grad
+            assert actual.dtype == (masters or dtype)
             testing.assert_close(actual.flatten(), grad[mask], grad64[mask], dtype, name)
         elif (actual := getattr(adapter, name).grad) is None:
             assert not mask.any()
