@@ -150,13 +150,21 @@ def test_usage_errors_exit_with_2(arguments, message, capsys):
 def test_demo_prints_a_table_and_draws_a_picture(tmp_path, capsys):
     assert cli.main(["demo", "--size", "tiny", "--steps", "2", "--device", "cpu", "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
-    for name in ("full fine-tuning", "PEFT LoRA", "lorasp LoRA", "lorasp LoRA-FA", "In this run", "lorasp-demo.png"):
+    for name in (
+        "full fine-tuning",
+        "PEFT LoRA",
+        "lorasp LoRA",
+        "lorasp LoRA-FA",
+        "lorasp HiddenKey",
+        "In this run",
+        "lorasp-demo.png",
+    ):
         assert name in shown
     assert (tmp_path / "lorasp-demo.png").read_bytes().startswith(b"\x89PNG")
     assert max(len(line.rstrip()) for line in shown.split("wrote")[0].splitlines()) <= 100
 
 
-def test_demo_measures_the_same_model_four_ways():
+def test_demo_measures_the_same_model_five_ways():
     def measure():
         device, size = torch.device("cpu"), demo.SIZES["tiny"]
         base = demo.make_model(size, torch.float32, device, seed=1)
@@ -166,7 +174,7 @@ def test_demo_measures_the_same_model_four_ways():
 
     first, again = measure(), measure()
     assert [m.held_out for m in first] == [m.held_out for m in again]
-    full, peft, lora, fa = first
+    full, peft, lora, fa, hiddenkey = first
     before = {m.held_out[0][1] for m in first}
     assert len(before) == 1
     assert all(math.isfinite(m.held_out[-1][1]) for m in first)
@@ -174,5 +182,7 @@ def test_demo_measures_the_same_model_four_ways():
     assert full.trainable == sum(p.numel() for p in full.model.parameters())
     assert peft.optimizer_bytes == lora.optimizer_bytes == 2 * 4 * lora.trainable
     assert fa.saved < lora.saved <= peft.saved
+    assert hiddenkey.trainable == lora.trainable
+    assert hiddenkey.held_out[-1] != lora.held_out[-1]
     # The same function, trained alike: closer to PEFT than freezing A is.
     assert abs(lora.held_out[-1][1] - peft.held_out[-1][1]) < abs(fa.held_out[-1][1] - peft.held_out[-1][1])

@@ -1,9 +1,9 @@
-"""`lorasp demo`: one base model, adapted to another domain four ways, on text every machine has.
+"""`lorasp demo`: one base model, adapted to another domain five ways, on text every machine has.
 
 A byte-level Llama-style decoder learns English prose (CPython's documentation topics) for a short while. From those
-weights full fine-tuning, PEFT LoRA, lorasp LoRA and lorasp LoRA-FA each learn Python source (the standard library) on
-the same batches; the LoRA methods start from the same A and B. The methods take turns, step by step, so that a busy
-moment of the machine hits all of them alike.
+weights full fine-tuning, PEFT LoRA, lorasp LoRA, lorasp LoRA-FA and LoRA with HiddenKey each learn Python source (the
+standard library) on the same batches; the LoRA methods start from the same A and B. The methods take turns, step by
+step, so that a busy moment of the machine hits all of them alike.
 """
 
 import copy
@@ -26,6 +26,7 @@ from lorasp import info
 from lorasp.memory import saved_bytes
 
 RANK, ALPHA = 16, 32
+HIDDENKEY = lorasp.HiddenKeyConfig(attention_p=0.1, hidden_p=0.1)
 _HELD_OUT = 0.1
 _SOURCE_BYTES = 2_000_000
 
@@ -133,6 +134,7 @@ class Method:
     name: str
     model: nn.Module
     lr: float
+    hiddenkey: bool = False
     ms: list[float] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
     saved: int = 0
@@ -159,18 +161,25 @@ class Method:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * share
 
+    def loss(self, rows: Tensor) -> Tensor:
+        """What a step descends; with HiddenKey over one byte less, as transformers shifts the labels itself."""
+        if self.hiddenkey:
+            return lorasp.hiddenkey_step(self.model, {"input_ids": rows[:, :-1], "labels": rows[:, :-1]}).loss
+        return loss_of(self.model, rows)
+
     def step(self, rows: Tensor) -> None:
-        loss_of(self.model, rows).backward()
+        self.loss(rows).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def evaluate(self, step: int, rows: Tensor) -> None:
-        self.held_out.append((step, loss_of(self.model, rows).item()))
+        self.held_out.append((step, loss_of(self.model.eval(), rows).item()))
+        self.model.train()
 
 
 def make_methods(base: nn.Module, size: Size) -> list[Method]:
-    """Four copies of the base; the three LoRA methods start from one A and one B, written and read as PEFT's files."""
+    """Five copies of the base; the LoRA methods start from one A and one B, written and read as PEFT's files."""
     from peft import LoraConfig, get_peft_model
 
     full = copy.deepcopy(base).requires_grad_(True)
@@ -179,18 +188,18 @@ def make_methods(base: nn.Module, size: Size) -> list[Method]:
         # PEFT asks transformers for an attribute that transformers is renaming.
         warnings.simplefilter("ignore", FutureWarning)
         peft_model = get_peft_model(copy.deepcopy(base), LoraConfig(task_type="CAUSAL_LM", **settings))
-    fused = {}
+    lora, fa, hiddenkey = (copy.deepcopy(base) for _ in range(3))
     with tempfile.TemporaryDirectory() as folder:
         peft_model.save_pretrained(folder, save_embedding_layers=False)
-        for freeze_A in (False, True):
-            model = copy.deepcopy(base)
-            lorasp.load_adapter(model, folder, freeze_A=freeze_A)
-            fused[freeze_A] = model
+        for model in (lora, fa, hiddenkey):
+            lorasp.load_adapter(model, folder, freeze_A=model is fa)
+    lorasp.apply_hiddenkey(hiddenkey, HIDDENKEY)
     return [
         Method("full fine-tuning", full, size.full_lr),
         Method("PEFT LoRA", peft_model, size.lora_lr),
-        Method("lorasp LoRA", fused[False], size.lora_lr),
-        Method("lorasp LoRA-FA", fused[True], size.lora_lr),
+        Method("lorasp LoRA", lora, size.lora_lr),
+        Method("lorasp LoRA-FA", fa, size.lora_lr),
+        Method("lorasp HiddenKey", hiddenkey, size.lora_lr, hiddenkey=True),
     ]
 
 
@@ -242,7 +251,7 @@ def adapt(
                 method.evaluate(step, held_out)
         yield statistics.fmean(method.held_out[-1][1] for method in methods)
     for method in methods:
-        method.saved = saved_bytes(lambda model=method.model: loss_of(model, rows), exclude=method.model)
+        method.saved = saved_bytes(lambda method=method: method.loss(rows), exclude=method.model)
 
 
 def run(
@@ -265,7 +274,7 @@ def run(
         _drive(bar, "learning English prose", train_base(model, english, chosen, device, seed), chosen.base_steps)
         torch.manual_seed(seed)
         methods = make_methods(model, chosen)
-        _drive(bar, "four ways to learn Python", adapt(methods, python, chosen, steps, device, seed), steps)
+        _drive(bar, "five ways to learn Python", adapt(methods, python, chosen, steps, device, seed), steps)
     path = out / "lorasp-demo.png"
     report.plot(path, methods, info.device_name(device), dtype)
     report.print_end(methods, path, time.perf_counter() - start)
