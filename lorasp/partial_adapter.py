@@ -195,7 +195,7 @@ class PackedAdapter(PartialAdapter):
         names = ("lora_B",) if self.freeze_A else ("lora_A", "lora_B")
         found = Selection(*(state_dict.get(f"{prefix}{name}") for name in Selection._fields))
         packed = {name: state_dict.get(f"{prefix}{name}_packed") for name in names}
-        if self._loadable(found) and None not in packed.values():
+        if self._loadable(found) and all(value is not None for value in packed.values()):
             found = found._replace(active_A=None if self.freeze_A else found.active_A)
             device = found.active_B.device if self.active_B.is_meta else self.active_B.device
             before = {name: self._buffers[name] for name in self._indices(found)}

@@ -35,6 +35,11 @@ def layer_with_values(granularity="feature", resample="never", ratio=0.5, seed=0
     return LoRALinear(*sizes, r=R, lora_alpha=2 * R, init_lora_weights=False, partial=partial, **arguments)
 
 
+def width(seed: int) -> int:
+    """How many of 1000 columns train: the last block of 64 is a short one."""
+    return int(layer_with_values(in_features=1000, seed=seed).adapters.default.columns.numel())
+
+
 def masks(layer: LoRALinear) -> tuple[torch.Tensor, torch.Tensor]:
     return layer.trainable_mask_A(), layer.trainable_mask_B()
 
@@ -57,10 +62,7 @@ class TestSelection:
         assert mask_B[:, 0].sum() == round(ratio * N)
 
     def test_the_last_block_may_be_short(self):
-        counts = {
-            layer_with_values(in_features=1000, seed=seed).trainable_mask_A()[0].sum().item() for seed in range(20)
-        }
-        assert counts == {8 * 64, 7 * 64 + 1000 % 64}
+        assert {width(seed) for seed in range(20)} == {8 * 64, 7 * 64 + 1000 % 64}
 
     @pytest.mark.parametrize("ratio", [0.3, 0.5, 1.0])
     def test_element_and_rank_sizes(self, ratio):
@@ -143,8 +145,7 @@ class TestSelection:
         assert torch.equal(layer.lora_B, before[1])
 
     def test_scores_of_a_block_are_summed(self):
-        layers = [layer_with_values(in_features=1000, seed=seed) for seed in range(20)]
-        layer = next(layer for layer in layers if layer.adapters.default.columns.numel() == 512)
+        layer = layer_with_values(in_features=1000, seed=next(s for s in range(20) if width(s) == 512))
         before, score_A = layer.lora_A.clone(), torch.zeros(R, 1000)
         score_A[1, 960:] = score_A[2, 7 * 64 - 1] = score_A[0, : 6 * 64] = 1.0
         layer.select(score_A, torch.zeros(N, R))
@@ -341,8 +342,10 @@ class TestModule:
         assert all(torch.equal(a.grad, b.grad) for a, b in zip(trained(twin), trained(layer), strict=True))
 
     def test_a_state_dict_brings_a_selection_of_another_size(self):
-        layers = [layer_with_values(in_features=1000, seed=seed) for seed in range(20)]
-        short, full = (next(s for s in layers if s.adapters.default.columns.numel() == size) for size in (488, 512))
+        short, full = (
+            layer_with_values(in_features=1000, seed=next(s for s in range(20) if width(s) == size))
+            for size in (488, 512)
+        )
         parameters, x = trained(short), torch.randn(3, 1000)
         short.load_state_dict(full.state_dict())
         assert trained(short)[0] is parameters[0]
@@ -382,6 +385,26 @@ class TestModule:
         compiled(x).sum().backward()
         layer.eval()
         assert torch.equal(compiled(x), layer(x))
+
+    @pytest.mark.parametrize("granularity", ["feature", "rank"])
+    def test_a_compiled_layer_follows_its_resampling(self, granularity):
+        layer, x = layer_with_values(granularity, "epoch"), torch.randn(6, K)
+        torch._dynamo.reset()
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        for _ in range(3):
+            layer.zero_grad()
+            compiled(x).square().sum().backward()
+            for factor, mask in zip((layer.lora_A, layer.lora_B), masks(layer), strict=True):
+                assert not factor.grad[~mask].any()
+                assert factor.grad[mask].all()
+            lorasp.resample(layer)
+
+    def test_a_layer_on_the_meta_device_takes_a_state_dict_as_it_is(self):
+        real = layer_with_values(in_features=1000, seed=next(s for s in range(20) if width(s) == 488))
+        meta = layer_with_values(in_features=1000, seed=next(s for s in range(20) if width(s) == 512), device="meta")
+        meta.load_state_dict(real.state_dict(), assign=True)
+        x = torch.randn(3, 1000)
+        assert torch.equal(meta(x), real(x))
 
     @pytest.mark.parametrize("granularity", GRANULARITIES)
     def test_autocast_computes_in_its_dtype(self, granularity):
