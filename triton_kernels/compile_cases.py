@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from . import dropkey_attention, lora_linear, lora_linear_group, tuning
+from . import dropkey_attention, lora_linear, lora_linear_group, partial_adamw, tuning
 from .launch import CompileCase, record
 
 ARCHITECTURES = (80, 90, 100, 120)
@@ -49,6 +49,7 @@ def compile_cases(arch: int) -> list[CompileCase]:
             _group_step(torch.bfloat16, shape, "fused", dropout_p)
         for step in _ATTENTION_STEPS[arch]:
             _attention_step(*step)
+        _adamw_step()
     return cases
 
 
@@ -108,6 +109,16 @@ def _attention_step(dtype: torch.dtype, D: int, pattern: str, mask: str) -> None
     arguments = attn_mask, meta(kind=torch.int64), 0.1, pattern, True, D**-0.5
     o, lse = dropkey_attention.forward(q, k, v, *arguments)
     dropkey_attention.backward(do, q, k, v, o, lse, *arguments, True, True, True, mask == "bias")
+
+
+def _adamw_step() -> None:
+    """Single entries of an fp32 parameter, rows of a bf16 one, all of another, on meta tensors."""
+    P, Q = 1000, 4096
+    for dtype, shape in ((torch.float32, (P, Q)), (torch.bfloat16, (P, 1)), (torch.bfloat16, None)):
+        tensors = ([torch.empty(P, Q, dtype=dtype, device="meta")] for _ in range(4))
+        steps = torch.empty(shape or (1,), dtype=torch.int32, device="meta")
+        active = None if shape is None else torch.empty(shape, dtype=torch.bool, device="meta")
+        partial_adamw.step_(*tensors, [steps], [active], 1e-3, 0.9, 0.999, 1e-8, 0.01)
 
 
 @contextlib.contextmanager
