@@ -61,11 +61,11 @@ def tensors(B=1, H=2, Hkv=1, Sq=20, Sk=24, D=16, DV=16, dtype=F32):
     return [torch.randn(*shape, generator=generator).to(dtype).transpose(1, 2) for shape in shapes]
 
 
-def run(module, q, k, v, do, mask=None, p=0.0, pattern="column", causal=False, need_dmask=False):
+def run(module, q, k, v, do, mask=None, p=0.0, pattern="column", causal=False, need_dmask=False, need=True):
     """(o, lse, dq, dk, dv, dmask) of the launchers or of the reference."""
     arguments = mask, torch.tensor(SEED) if p else None, p, pattern, causal, 0.3
     o, lse = module.forward(q, k, v, *arguments)
-    return o, lse, *module.backward(do, q, k, v, o, lse, *arguments, True, True, True, need_dmask)
+    return o, lse, *module.backward(do, q, k, v, o, lse, *arguments, need, need, need, need_dmask)
 
 
 @pytest.mark.parametrize("Sk", [1, 40, 67])
@@ -128,7 +128,13 @@ def test_additive_masks_of_every_shape(broadcast):
     inputs = tensors(B, H, 1, Sq, Sk)
     shape = [1 if one else size for one, size in zip(broadcast, (B, H, Sq, Sk), strict=True)]
     mask = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    options = {"p": 0.3, "pattern": ("column", "span")[sum(broadcast) % 2], "causal": broadcast[0], "need_dmask": True}
+    options = {
+        "p": 0.3,
+        "pattern": ("column", "span")[sum(broadcast) % 2],
+        "causal": broadcast[0],
+        "need": False,
+        "need_dmask": True,
+    }
     actual = run(kernels, *inputs, mask, **options)[5]
     want = run(reference, *inputs, mask, **options)[5]
     want64 = run(reference, *(t.double() for t in (*inputs, mask)), **options)[5]
