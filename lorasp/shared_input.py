@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lorasp.functional import Partial, lora_linear_group
 from lorasp.functional.arguments import seed_tensor, surroundings
-from lorasp.functional.lora_linear_group import apply_group
+from lorasp.functional.lora_linear_group import Constants, LoRALinearGroupFunction, constants
 
 _PLAIN = (Tensor, nn.Parameter)
 _WHOLE = (None,) * 8  # Operands from frozen_A on, where A and B train whole
@@ -139,7 +139,7 @@ class SharedInput:
         self._misses = [0] * count
         self._regions: list[weakref.ref] = []
         self._columns: dict[tuple[int, int], tuple] = {}
-        self._checked: list = []
+        self._checked: tuple[list | None, Constants | None] = (None, None)
         self._lock = threading.Lock()
         self._here = _PerThread()
 
@@ -221,26 +221,25 @@ class SharedInput:
     ) -> tuple[Tensor, ...]:
         """linear_group; what it checks is not checked again while sizes, dtypes and devices stay (_fit: all alike)."""
         one = operands[0]
-        for o in operands:
-            if o.rows is not None or o.entries_B is not None or o.mask_B is not None:
-                return linear_group(x, operands, order, round.seed, keep_input)
         found = [
-            (x.shape[-1], x.dtype, x.device, round.surroundings, one.weight.dtype, one.lora_A.dtype, one.lora_B.dtype),
-            *[(o.weight.shape, o.lora_A.shape, o.lora_B.shape, o.bias if o.bias is None else o.bias.shape, o.scale)
-              for o in operands],
+            order, x.shape[-1], x.dtype, x.device, round.surroundings, keep_input, one.dropout_p, one.weight.dtype,
+            one.lora_A.dtype, one.lora_B.dtype,
         ]  # fmt: skip
-        if found != self._checked:
+        for o in operands:
+            if o[7:] != _WHOLE or o.packed is not None:
+                return linear_group(x, operands, order, round.seed, keep_input)
+            found += (o.scale, o.weight.shape, o.lora_A.shape, o.lora_B.shape, None if o.bias is None else o.bias.shape)
+        checked, how = self._checked
+        if found != checked:
             ys = linear_group(x, operands, order, round.seed, keep_input)
-            self._checked = found
+            how = constants(x, [o.scale for o in operands], one.dropout_p, order, keep_input, "auto")
+            # fp32 masters or factors in the compute dtype are taken as they are; others are converted at every call.
+            fits = {one.lora_A.dtype, one.lora_B.dtype} <= {how.dtype, torch.float32}
+            self._checked = (found if fits else None), how
             return ys
-        rest: list[Tensor | None] = []
-        if one.packed is not None:
-            pairs = [o.packed or (None, None) for o in operands]
-            rest = [None] * 7 * len(order) + [pair[0] for pair in pairs] + [pair[1] for pair in pairs]
-        return apply_group(
-            x, [o.weight for o in operands], [o.bias for o in operands], [o.lora_A for o in operands],
-            [o.lora_B for o in operands], rest, columns=None, scales=[o.scale for o in operands],
-            dropout_p=one.dropout_p, seed=round.seed, members=order, keep_input=keep_input, plan="auto",
+        return LoRALinearGroupFunction.apply(
+            x, round.seed if how.dropout_p else None, None, how, *[o.weight for o in operands],
+            *[o.bias for o in operands], *[o.lora_A for o in operands], *[o.lora_B for o in operands],
         )  # fmt: skip
 
     def _fit(

@@ -106,44 +106,41 @@ def lora_linear_group(
     if plan not in registry.PLANS:
         raise ValueError(f"{where}: plan must be one of {', '.join(registry.PLANS)}, got {plan!r}")
     check_dropout(where, dropout_p)
-    dtype = autocast_dtype(x) or x.dtype
-    frozen = [tensor if tensor is None else factor(tensor, dtype) for field in m[4:6] for tensor in field]
-    rest = [*frozen, *itertools.chain.from_iterable(m[6:])]
-    if all(tensor is None for tensor in rest):
-        rest = ()
-    return apply_group(
-        x, *m[:4], rest, columns=partial.columns, scales=scales, dropout_p=dropout_p, seed=seed, members=members,
-        keep_input=keep_input, plan=plan,
-    )  # fmt: skip
-
-
-def apply_group(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    lora_As: Sequence[Tensor],
-    lora_Bs: Sequence[Tensor],
-    rest: Sequence[Tensor | None],
-    *,
-    columns: Tensor | None,
-    scales: Sequence[float],
-    dropout_p: float,
-    seed: int | Tensor | None,
-    members: Sequence[int],
-    keep_input: bool,
-    plan: str,
-) -> tuple[Tensor, ...]:
-    """lora_linear_group of arguments that were checked. rest: the other fields of Members in a row, or nothing."""
-    where, device, dtype = "lora_linear_group", x.device, autocast_dtype(x) or x.dtype
-    dropping = dropout_p != 0.0 and rng.threshold(dropout_p) > 0
-    how = (
-        tuple([float(scale) for scale in scales]), float(dropout_p) if dropping else 0.0, tuple(members), keep_input,
-        dtype, registry.choose(where, device.type, dtype), registry.choose_plan(plan),
-    )  # fmt: skip
+    how = constants(x, scales, dropout_p, members, keep_input, plan)
+    low_rank = [None if t is None else factor(t, how.dtype) for field in m[2:6] for t in field]
+    rest = [*low_rank[2 * count :], *itertools.chain.from_iterable(m[6:])]
     return LoRALinearGroupFunction.apply(
-        x, seed_tensor(where, seed, device) if dropping else None, columns, how, *weights, *biases,
-        *[factor(tensor, dtype) for tensor in lora_As], *[factor(tensor, dtype) for tensor in lora_Bs], *rest,
+        x, seed_tensor(where, seed, x.device) if how.dropout_p else None, partial.columns, tuple(how), *weights,
+        *m.biases, *low_rank[: 2 * count], *(rest if any(t is not None for t in rest) else ()),
     )  # fmt: skip
+
+
+class Constants(NamedTuple):
+    """What LoRALinearGroupFunction takes besides tensors."""
+
+    scales: tuple[float, ...]
+    dropout_p: float
+    members: tuple[int, ...]
+    keep_input: bool
+    dtype: torch.dtype
+    backend: str
+    plan: str
+
+
+def constants(
+    x: Tensor, scales: Sequence[float], dropout_p: float, members: Sequence[int], keep_input: bool, plan: str
+) -> Constants:
+    """Everything about a call that is no tensor, from arguments that were checked."""
+    dtype = autocast_dtype(x) or x.dtype
+    return Constants(
+        tuple([float(scale) for scale in scales]),
+        float(dropout_p) if dropout_p != 0.0 and rng.threshold(dropout_p) > 0 else 0.0,
+        tuple(members),
+        keep_input,
+        dtype,
+        registry.choose("lora_linear_group", x.device.type, dtype),
+        registry.choose_plan(plan),
+    )
 
 
 def _check_member(where, x, m, i, columns, inputs, low_rank) -> None:

@@ -141,9 +141,10 @@ class LoRALinearGroupFunction(torch.autograd.Function):
     def forward(ctx, x, seed, columns, how, *flat):
         scales, dropout_p, members, keep_input, dtype, backend, plan = how
         count = len(scales)
-        m = Members._make(_fields(flat, count))
         needs = ctx.needs_input_grad
-        need_weights, _, need_As, need_Bs = (needs[i : i + count] for i in range(4, 4 + 4 * count, count))
+        whole = len(flat) == _WHOLE * count
+        m = Members._make(_fields(flat, count))
+        need_weights, _, need_As, need_Bs = [needs[i : i + count] for i in range(4, 4 + 4 * count, count)]
         need_x, need_A = needs[0], True in need_As
         save_x = True in need_weights or (need_A and (columns is None or keep_input))
         keep_columns = need_A and not save_x
@@ -154,24 +155,20 @@ class LoRALinearGroupFunction(torch.autograd.Function):
         )  # fmt: skip
         needed = need_x or need_A or True in need_Bs
         nothing = (None,) * count
-        saved = [
-            [xa if trains else None for xa, trains in zip(xas, need_Bs, strict=True)],
-            m.weights if need_x else nothing,
-            *(m[2:4] if needed else (nothing, nothing)),
-        ]
-        if len(flat) > _WHOLE * count:
-            saved += [
-                *(m[4:9] if needed else (nothing,) * 5),
-                [mask if trains else None for mask, trains in zip(m.mask_As, need_As, strict=True)],
-                [mask if trains else None for mask, trains in zip(m.mask_Bs, need_Bs, strict=True)],
-                m.packed_backward if need_x else nothing,
-            ]
+        lora = flat[2 * count : 4 * count] if needed else nothing + nothing
+        saved = [xa if trains else None for xa, trains in zip(xas, need_Bs, strict=True)]
+        saved += [*(m.weights if need_x else nothing), *lora]
+        if not whole:
+            saved += itertools.chain.from_iterable(m[4:9] if needed else (nothing,) * 5)
+            saved += [mask if trains else None for mask, trains in zip(m.mask_As, need_As, strict=True)]
+            saved += [mask if trains else None for mask, trains in zip(m.mask_Bs, need_Bs, strict=True)]
+            saved += m.packed_backward if need_x else nothing
         ctx.save_for_backward(
             x if save_x else None,
             x_columns if keep_columns else None,
             seed if need_x or need_A else None,
             columns if needed else None,
-            *itertools.chain.from_iterable(saved),
+            *saved,
         )
         ctx.set_materialize_grads(False)
         ctx.constants = (
