@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cpu/isa.h"
+#include "cpu/plan.h"
 #include "cpu/scratch.h"
 
 namespace py = pybind11;
@@ -52,6 +53,18 @@ py::bytes keep_mask(int64_t seed, int64_t start, int64_t count, uint32_t thresho
   return bytes;
 }
 
+// What plan `auto` means, as (forward, backward).
+std::pair<std::string, std::string> auto_plans(const std::string& dtype, int64_t M, int64_t N, int64_t K, bool packed,
+                                               bool dropout, bool trains_A) {
+  const bool known = dtype == "float32" || dtype == "bfloat16" || dtype == "float16";
+  if (!known) throw py::value_error("auto_plans: dtype must be float32, bfloat16 or float16, got " + dtype);
+  const lorasp::DType type = dtype == "float32"    ? lorasp::DType::kF32
+                             : dtype == "bfloat16" ? lorasp::DType::kBF16
+                                                   : lorasp::DType::kF16;
+  return {lorasp::auto_plan({type, M, N, K, packed, dropout}),
+          lorasp::auto_plan({type, M, N, K, packed, dropout || trains_A})};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -61,6 +74,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("available_isas", &lorasp::available_isas);
   m.def("active_isa", &lorasp::active_isa_name);
   m.def("set_isa", &lorasp::set_isa, py::arg("name"), "For tests; an empty name returns to the default.");
+  m.def("auto_plans", &auto_plans, py::arg("dtype"), py::arg("M"), py::arg("N"), py::arg("K"), py::arg("packed"),
+        py::arg("dropout"), py::arg("trains_A"), "The plans (forward, backward) that `auto` takes for a product.");
   m.def("keep_mask", &keep_mask, py::arg("seed"), py::arg("start"), py::arg("count"), py::arg("threshold"),
         py::arg("purpose") = 0, py::arg("member") = 0);
   m.def(

@@ -169,8 +169,39 @@ def _cpp_plan_lines() -> list[str]:
             for p in testing.lora_linear.backend_plans("cpp")
             if testing.lora_linear.plan_obstacle("cpp", p, dtype) is None
         )
-        rows[str(dtype).removeprefix("torch.")] = f"{', '.join(plans)}; auto chooses by shape"
-    return _lines("plans of the cpp backend", rows)
+        name = str(dtype).removeprefix("torch.")
+        rows[name] = f"{', '.join(plans)}; auto: {_cpp_auto_rule(name)}"
+    return _lines(f"plans of the cpp backend (auto for a weight of {_ASKED_N} x {_ASKED_K})", rows)
+
+
+_ASKED_N = _ASKED_K = 1024
+_ASKED_M = 4096
+
+
+def _cpp_auto_rule(dtype: str) -> str:
+    """What plan `auto` takes in `dtype` on this CPU: the kernels' own answer for every M up to _ASKED_M."""
+    from lorasp import _C
+
+    cases = {
+        "A frozen": (False, False, False),
+        "A trains": (False, False, True),
+        "dropout": (False, True, True),
+        "packed": (True, False, True),
+    }
+    rules = {}
+    for case, (packed, dropout, trains_A) in cases.items():
+        plans = [_C.auto_plans(dtype, M, _ASKED_N, _ASKED_K, packed, dropout, trains_A) for M in range(1, _ASKED_M + 1)]
+        forward, backward = (_by_rows(list(direction)) for direction in zip(*plans, strict=True))
+        rules[case] = forward if forward == backward else f"{forward}, backward {backward}"
+    if len(set(rules.values())) == 1:
+        return rules["packed"]
+    return "; ".join(f"{case}: {rule}" for case, rule in rules.items())
+
+
+def _by_rows(plans: list[str]) -> str:
+    """`fused to M = 256, then addmm`, from the plan of each M from 1 on."""
+    changes = [M for M in range(1, len(plans)) if plans[M] != plans[M - 1]]
+    return ", then ".join([*(f"{plans[M - 1]} to M = {M}" for M in changes), plans[-1]])
 
 
 def _triton_plan_lines() -> list[str]:

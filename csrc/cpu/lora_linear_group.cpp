@@ -5,8 +5,9 @@
 //     dB_i = dy_i^T xa_i                dA_i = g_i^T (D_i o x)
 // Without dropout the members' A stand one under another and are one factor: one product over x for every xa, one over
 // x or x[:, columns] for every dA. With it each member has its own mask, drawn while the rows of x are in cache.
-// An A or B that trains in part enters as a whole factor, frozen zeros included: for B's scattered rows, compressing
-// dy's rows to the trained columns first costs what it saves (see partial.h for the layouts).
+// An A or B that trains in part enters as a whole factor, frozen zeros included (partial.h): gathering dy's scattered
+// columns first costs as much as the half width saves (2048 x 2048, r 16, half of the rows, one thread, AMX machine:
+// bf16 0.36 ms for 0.31, fp32 2.3 ms for 1.5).
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
