@@ -105,7 +105,7 @@ def test_any_columns_of_a_strided_input(isa, dtype, kind):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strided_gradients_and_transposed_weights(isa, dtype):
-    case = Case(70, 96, 65, 8, dtype, members=2, granularity="feature", dropout_p=0.1)
+    case = Case(70, 90, 65, 8, dtype, members=2, granularity="feature", dropout_p=0.1)
     inputs = make_inputs(case)
 
     def strided(tensor):
@@ -212,10 +212,10 @@ def allocated(function):
 
 @pytest.mark.parametrize("plan", ["addmm", "fused"])
 def test_nothing_of_x_s_size_is_made_on_the_way(plan):
-    """Outputs, and what has the adapters' size: no copy of x, no second dx, no masked x."""
+    """Outputs, what has the adapters' size and the library's own: no copy of x, no second dx, no masked x."""
     if plan not in plans(torch.bfloat16):
         pytest.skip(f"no plan {plan} for bfloat16 on this CPU")
-    M, K, N, R, G = 512, 1024, 768, 8, 3
+    M, K, N, R, G = 2048, 512, 192, 8, 3
     case = Case(M, K, N, R, torch.bfloat16, members=G, granularity="feature", dropout_p=0.1, bias=False)
     inputs = make_inputs(case)
     partial, nothing = inputs["partial"], [None] * G
@@ -229,16 +229,13 @@ def test_nothing_of_x_s_size_is_made_on_the_way(plan):
         inputs["x"], inputs["weights"], nothing, *factors, seed, scales, 0.1, members, True, plan, nothing
     )
     outputs = M * sum(N + 5 * i for i in range(G)) + M * J + M * ranks
-    adapters = ranks * (K + N + 5 * G)
-    assert 2 * outputs <= allocated(forward) <= 2 * (outputs + 2 * adapters)
+    assert 2 * outputs <= allocated(forward) < 2 * (outputs + M * K // 2)
     _, xas, x_columns = forward()
     backward = lambda: backward_ops["cpp"](  # noqa: E731
         inputs["dys"], None, x_columns, inputs["weights"], *factors, xas, seed, nothing, nothing, scales, 0.1, members,
         K, True, [True] * G, [True] * G, plan, nothing,
     )  # fmt: skip
-    # Of a dy with an odd row length the library gets a copy (frozen.cpp).
-    copies = 0 if plan == "fused" else M * sum(N + 5 * i for i in range(G) if (N + 5 * i) % 2)
-    assert 2 * M * K <= allocated(backward) <= 2 * (M * K + copies + 2 * adapters)
+    assert 2 * M * K <= allocated(backward) < 2 * (M * K + M * K // 2)
 
 
 def raw_forward(**changed):

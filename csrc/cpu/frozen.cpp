@@ -38,15 +38,16 @@ at::Tensor onednn(const at::Tensor& x, const at::Tensor& weight, const std::opti
   return onednn_linear()->call(x, weight, bias, "none", c10::List<std::optional<at::Scalar>>(), "");
 }
 
-// oneDNN multiplies halves in pairs: of a strided row of odd length it also reads the element behind the row, times
-// zero, and a NaN there spreads (seen with torch 2.13).
-at::Tensor readable(const at::Tensor& dy) {
-  return dy.element_size() == 2 && dy.size(1) % 2 == 1 ? dy.contiguous() : dy;
+// oneDNN multiplies halves in pairs, on AMX in tiles of 32: of a strided row of another length it also reads what is
+// behind the row, times zero, and a NaN there spreads (seen with torch 2.13).
+at::Tensor readable(const at::Tensor& rows) {
+  return rows.element_size() == 2 && rows.size(1) % 32 != 0 ? rows.contiguous() : rows;
 }
 
 }  // namespace
 
-at::Tensor frozen_forward(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+at::Tensor frozen_forward(const at::Tensor& strided, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+  const at::Tensor x = readable(strided);
   return prefers_onednn(x) ? onednn(x, weight, bias) : at::linear(x, weight, bias);
 }
 
