@@ -46,12 +46,17 @@ class _Dropout:
     def rescale(self) -> float:
         return 65536.0 / (65536 - self.threshold)
 
+    @property
+    def word(self) -> int:
+        """The 32 bits of `member` as the signed number that a kernel's int32 argument holds."""
+        return self.member - (self.member >> 31 << 32)
+
     def arguments(self, columns: int) -> dict:
         """Kernel arguments for a mask with `columns` columns."""
         return {
             "seed_ptr": self.seed if self.active else None,
             "threshold": self.threshold,
-            "member": self.member,
+            "member": self.word,
             "DROPOUT": self.active,
             "ALIGNED": columns % 8 == 0,
         }

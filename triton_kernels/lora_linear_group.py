@@ -127,8 +127,8 @@ def backward(
     target = target_of(dys[0])
     dropouts = _dropouts(seed, dropout_p, members)
     sizes = [(dy.shape[1], _rank(a, frozen)) for dy, a, frozen in zip(dys, lora_As, frozen_As, strict=True)]
-    # As one product the members sum over all their outputs and ranks.
-    N, R = (sum(numbers) for numbers in zip(*sizes, strict=True))
+    # Tables speak of single layers: the widest member stands for the group.
+    N, R = (max(numbers) for numbers in zip(*sizes, strict=True))
     chosen = tuning.select_plan(plan, "backward", M, N, K, R, dtype, dropouts[0].active, target, _OPERATOR)
     nothing = dys[0].new_empty(0)
     if M == 0:
@@ -206,7 +206,7 @@ def _by_member(**fields) -> dict:
 def _masking(dropouts: list[_Dropout], columns: int) -> dict:
     arguments = dropouts[0].arguments(columns)
     del arguments["member"]
-    return arguments | _by_member(member0=([dropout.member for dropout in dropouts], 0))
+    return arguments | _by_member(member0=([dropout.word for dropout in dropouts], 0))
 
 
 def _group_project(x, As, scales, dropouts, selection, target) -> list[Tensor]:
@@ -302,7 +302,7 @@ def _columns_outer(p, g, columns, K, dtype, dropout, target) -> Tensor:
     partials = out if parts == 1 else p.new_empty((parts, R, C), dtype=torch.float32)
     arguments = {
         "p_ptr": p, "h_ptr": g, "out_ptr": partials, "index_ptr": columns, "seed_ptr": dropout.seed, "M": M, "C": C,
-        "K": K, "split_m": split_m, "threshold": dropout.threshold, "member": dropout.member, "R": R,
+        "K": K, "split_m": split_m, "threshold": dropout.threshold, "member": dropout.word, "R": R,
         "PRECISION": precision_of(p), "BLOCK_M": config.block_m, "BLOCK_C": config.block_c, "BLOCK_R": config.block_r,
     }  # fmt: skip
     grid = (tiles[0], parts, tiles[1])
@@ -331,7 +331,7 @@ def _dx(dys, weights, gs, As, dropouts, chosen, target) -> Tensor:
         while any(weight.stride() != weights[first].stride() for weight in weights[first:stop]):
             stop -= 1
         some = slice(first, stop)
-        _group_gemm(dx, dys[some], weights[some], gs[some], As[some], masked or first > 0, chosen.gemm, target)
+        _group_gemm(dx, dys[some], weights[some], gs[some], As[some], masked or first > 0, target)
         first = stop
     return dx
 
@@ -356,7 +356,7 @@ def _add_low_rank(out, gs, As, dropouts, has_old, target) -> None:
         launch(_lora_linear_group_accumulate_kernel, grid, arguments, config.num_warps, config.num_stages)
 
 
-def _group_gemm(out, dys, weights, gs, As, has_old, config, target) -> None:
+def _group_gemm(out, dys, weights, gs, As, has_old, target) -> None:
     """out (M, K) = Σ_i g_i A_i + dy_i W_i, added to what `out` holds if has_old; None in gs stands for zero.
 
     Up to three members, whose weights share their strides.
@@ -364,10 +364,9 @@ def _group_gemm(out, dys, weights, gs, As, has_old, config, target) -> None:
     (M, C), ranks = out.shape, [0 if A is None else A.shape[0] for A in As]
     depths, strides = zip(*((dy.shape[1], dy.stride(0)) for dy in dys), strict=True)
     tma = all(map(_suits_tma, (*dys, *weights, out)))
-    if config is None or (config.tma and not tma):
-        aligned = _vectorizes(*dys, *(_as_stored(weight)[0] for weight in weights))
-        # What the accumulator starts with takes registers as a mask does.
-        config = tuning.gemm_config(target, out.dtype, M, tma=tma, aligned=aligned, dropout=has_old)
+    aligned = _vectorizes(*dys, *(_as_stored(weight)[0] for weight in weights))
+    # What the accumulator starts with takes registers as a mask does.
+    config = tuning.gemm_config(target, out.dtype, M, tma=tma, aligned=aligned, dropout=has_old)
     arguments = {
         "out_ptr": out, "M": M, "C": C, "HAS_OLD": has_old, "BLOCK_M": config.block_m, "BLOCK_C": config.block_c,
         "BLOCK_D": config.block_d, "BLOCK_R": tuning.pad_rank(max(*ranks, 1), 16 if out.dtype.itemsize == 4 else 32),

@@ -107,11 +107,16 @@ def test_gathered_columns_are_copies():
             assert torch.equal(x_columns, inputs["x"][:, inputs["partial"].columns])
 
 
-def test_a_member_alone_draws_its_own_mask():
+def test_members_draw_their_own_masks():
+    """The counter's word is members[i], all 32 bits of it."""
     case = Case(33, 40, 24, 3, members=3, dropout_p=0.5)
-    arguments, (_, xas, _) = calls_of(case, "addmm")["forward"]
-    x, seed = arguments[0], arguments[11]
-    for member, (A, scale, xa) in enumerate(zip(arguments[3], arguments[12], xas, strict=True)):
+    inputs, members, seed = make_inputs(case), [2, 0, 2**32 - 1], torch.tensor(7)
+    x, nothing = inputs["x"], [None] * 3
+    _, xas, _ = kernels.forward(
+        x, inputs["weights"], nothing, inputs["lora_As"], inputs["lora_Bs"], nothing, nothing, None, nothing, nothing,
+        nothing, seed, inputs["scales"], 0.5, members, False, "addmm",
+    )  # fmt: skip
+    for member, A, scale, xa in zip(members, inputs["lora_As"], inputs["scales"], xas, strict=True):
         keep = rng.keep_mask(seed, tuple(x.shape), 0.5, rng.PURPOSE_LORA_DROPOUT, member)
         torch.testing.assert_close(xa, torch.where(keep, x, 0) @ A.t() * (2 * scale))
 
