@@ -20,6 +20,7 @@ from lorasp.nn import LoRALinear
 from lorasp.ops.registry import available_backends, use_backend
 from lorasp.optim import PartialAdamW
 from lorasp.partial import resample
+from lorasp.shared_input import SharedInput
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ __all__ = [
     "Partial",
     "PartialAdamW",
     "PartialConfig",
+    "SharedInput",
     "apply_hiddenkey",
     "available_backends",
     "consistency_loss",

@@ -109,7 +109,7 @@ class SharedInput:
     the links among the layers they hold. `layer.shared_input = None` takes a layer out.
 
     One backward pass goes through all members' outputs: a second one through another member's output needs
-    retain_graph=True. Under torch.compile and in inference mode, whose tensors do not tell when they are written to,
+    retain_graph=True, and no member's factors may be written to before it. Under torch.compile and in inference mode, whose tensors do not tell when they are written to,
     each layer computes for itself. A write through `.data` between the calls of one round is not seen. Members whose
     outputs are repeatedly not taken are computed apart from then on.
 
@@ -223,7 +223,7 @@ class SharedInput:
         one = operands[0]
         found = [
             order, x.shape[-1], x.dtype, x.device, round.surroundings, keep_input, one.dropout_p, one.weight.dtype,
-            one.lora_A.dtype, one.lora_B.dtype,
+            one.weight.device, one.lora_A.dtype, one.lora_B.dtype,
         ]  # fmt: skip
         for o in operands:
             if o[7:] != _WHOLE or o.packed is not None:

@@ -114,8 +114,10 @@ class TestCalls:
             x = x * 1
             with torch.no_grad():
                 first = block[Q](x)
+                x.mul_(2)
+                second = block[K_](x)
             x.mul_(2)
-            return first, block[K_](x), block[V](x)
+            return first, second, block[V](x)
 
         check_same(function)
         assert calls[:2] == [[0, 1, 2]] * 2
