@@ -109,9 +109,9 @@ class SharedInput:
     the links among the layers they hold. `layer.shared_input = None` takes a layer out.
 
     One backward pass goes through all members' outputs: a second one through another member's output needs
-    retain_graph=True, and no member's factors may be written to before it. Under torch.compile and in inference mode, whose tensors do not tell when they are written to,
-    each layer computes for itself. A write through `.data` between the calls of one round is not seen. Members whose
-    outputs are repeatedly not taken are computed apart from then on.
+    retain_graph=True, and no member's factors may be written to before it. Under torch.compile and in inference mode,
+    whose tensors do not tell when they are written to, each layer computes for itself. A write through `.data` between
+    the calls of one round is not seen. Members whose outputs are repeatedly not taken are computed apart from then on.
 
     Raises ValueError for layers that cannot share an input.
     """
