@@ -20,6 +20,11 @@ from lorasp.functional import dropkey_attention
 NAMES = {"sdpa": "lorasp_dropkey", "eager": "lorasp_dropkey_eager"}
 
 
+def base_of(implementation: str) -> str:
+    """The implementation behind a name: a config copied from a model that has HiddenKey carries one of NAMES."""
+    return next((base for base, name in NAMES.items() if name == implementation), implementation)
+
+
 @dataclass(frozen=True)
 class DropKey:
     """What apply_hiddenkey hangs on an attention module, as `module.lorasp_dropkey`; p = 0 keeps plain attention.

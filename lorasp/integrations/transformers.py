@@ -220,9 +220,8 @@ def _reason(layer: _Layer, chosen: list[_Layer], config: HiddenKeyConfig) -> str
 
 
 def _check_attention(chosen: list[_Layer]) -> None:
-    from lorasp.integrations.attention import NAMES, can_hook
+    from lorasp.integrations.attention import NAMES, base_of, can_hook
 
-    known = (*NAMES, *NAMES.values())
     for layer in chosen:
         for name, module in layer.attention.items():
             if not can_hook(module):
@@ -231,8 +230,8 @@ def _check_attention(chosen: list[_Layer]) -> None:
                     f"{name} ({type(module).__name__}) of this transformers version does not; "
                     "set attention_p=0 or use a newer transformers"
                 )
-            have = module.config._attn_implementation
-            if have not in known:
+            have = base_of(module.config._attn_implementation)
+            if have not in NAMES:
                 raise ValueError(
                     f"apply_hiddenkey: the attention implementation must be 'sdpa' or 'eager', got {have!r} "
                     f"for {name}; call model.set_attn_implementation('sdpa') first"
@@ -248,22 +247,21 @@ def _switch_attention(
     root: nn.Module, layers: list[_Layer], chosen: list[_Layer], config: HiddenKeyConfig
 ) -> tuple[dict[str, str], dict[str, float]]:
     """Marks on every attention module that shares a config with a chosen one; a copy of that config for this model."""
-    from lorasp.integrations.attention import NAMES, DropKey, StillSwitched
+    from lorasp.integrations.attention import NAMES, DropKey, StillSwitched, base_of
 
     old = {id(module.config): module.config for layer in chosen for module in layer.attention.values()}
     new = {}
     for key, shared in old.items():
         new[key] = copy.copy(shared)
-        new[key]._attn_implementation_internal = NAMES[shared._attn_implementation]
+        new[key]._attn_implementation_internal = NAMES[base_of(shared._attn_implementation)]
     attention, replaced = {}, {}
     for layer in layers:
         for name, module in layer.attention.items():
             if id(module.config) not in old:
                 continue
             p = config.attention_p if layer in chosen else 0.0
-            module.lorasp_dropkey = DropKey(
-                p, config.attention_pattern, module.config._attn_implementation, name.endswith("EncDecAttention")
-            )
+            base = base_of(module.config._attn_implementation)
+            module.lorasp_dropkey = DropKey(p, config.attention_pattern, base, name.endswith("EncDecAttention"))
             if p:
                 module.register_forward_pre_hook(StillSwitched(new[id(module.config)]._attn_implementation))
                 attention[name] = f"{config.attention_pattern} p={p:g}"

@@ -229,6 +229,20 @@ def test_applying_twice_is_applying_once():
     assert_same(loss_and_gradients(twice, batch(llama)), expected)
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_model_made_from_an_applied_models_config(implementation):
+    """It has no HiddenKey until it gets its own, and then as any other."""
+    inputs, model = batch(llama), build(llama, attn_implementation=implementation)
+    apply_hiddenkey(model, HiddenKeyConfig(**RATES))
+    other = transformers.LlamaForCausalLM(model.config)
+    other.load_state_dict(model.state_dict())
+    assert_same(loss_and_gradients(other, inputs), loss_and_gradients(model, inputs))
+    apply_hiddenkey(other, HiddenKeyConfig(**RATES))
+    assert_same(loss_and_gradients(other.train(), inputs), loss_and_gradients(model.train(), inputs))
+    remove_hiddenkey(other)
+    assert other.config._attn_implementation == implementation
+
+
 def test_models_of_one_config_object_are_independent():
     config = transformers.LlamaConfig(**SIZES, **TOKENS)
     models = [transformers.LlamaForCausalLM(config).train() for _ in range(3)]
@@ -309,6 +323,29 @@ def test_refused(make, config, message):
     with pytest.raises(ValueError, match=f"^apply_hiddenkey: .*{message}"):
         apply_hiddenkey(model, HiddenKeyConfig(**RATES | config))
     assert not any(hasattr(module, "lorasp_dropkey") or module._forward_pre_hooks for module in model.modules())
+
+
+def test_attention_that_cannot_be_hooked(monkeypatch):
+    model = build(bert)
+    monkeypatch.delattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS")
+    with pytest.raises(
+        ValueError, match=r"BertSelfAttention\) of this transformers version does not; set attention_p=0"
+    ):
+        apply_hiddenkey(model, HiddenKeyConfig(**RATES))
+    assert apply_hiddenkey(model, HiddenKeyConfig(attention_p=0.0, hidden_p=0.1)).attention == {}
+
+
+@pytest.mark.parametrize(
+    ("mask", "arguments", "message"),
+    [
+        (torch.ones(2, 5), {}, r"the attention mask must be \(B, 1, Sq, Sk\), got \(2, 5\)"),
+        (None, {"softcap": 30.0}, "softcap is not supported; leave this layer out of HiddenKeyConfig.layers"),
+    ],
+)
+def test_calls_dropkey_cannot_serve(mask, arguments, message):
+    module, q = applied(llama).model.layers[2].self_attn, torch.ones(2, 4, 5, 8)
+    with pytest.raises(ValueError, match=f"^dropkey_attention: {message}"):
+        attention.attention_over_sdpa(module, q, q, q, mask, **arguments)
 
 
 def test_wrong_types():
