@@ -121,25 +121,23 @@ def test_members_draw_their_own_masks():
         torch.testing.assert_close(xa, torch.where(keep, x, 0) @ A.t() * (2 * scale))
 
 
-@pytest.mark.parametrize("case", [
-    Case(33, 40, 33, 3, HALF, members=3, granularity="feature", dropout_p=0.4),
-    Case(33, 64, 32, 8, members=2),
+@pytest.mark.parametrize(("plan", "case"), [
+    ("fused", Case(33, 40, 24, 3, HALF, members=2, granularity="feature", dropout_p=0.4)),
+    ("addmm", Case(33, 64, 32, 8, members=2)),
 ], ids=str)  # fmt: skip
-@pytest.mark.parametrize("plan", PLANS[:2])
 def test_repeatable_to_the_bit(plan, case):
     first, second = calls_of(case, plan)["outputs"], calls_of(case, plan)["outputs"]
     for name in first:
         assert torch.equal(first[name], second[name]), name
 
 
-@pytest.mark.parametrize("one_pass", [True, False])
-@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize(("parts", "one_pass"), [(1, False), (3, True), (3, False)])
 def test_split_sums(parts, one_pass, launched, monkeypatch):
     monkeypatch.setattr(tuning, "split", lambda *_: parts)
     monkeypatch.setattr(tuning, "one_pass_over_dy", lambda *_: one_pass)
-    for granularity, p in (("feature", 0.4), ("feature-whole", 0.0), ("element", 0.0)):
+    for granularity, p in (("feature", 0.4), ("feature-whole", 0.0)):
         for result in check_case(
-            Case(40, 70, 33, 3, members=2, granularity=granularity, dropout_p=p), "triton", "fused"
+            Case(40, 70, 27, 3, members=2, granularity=granularity, dropout_p=p), "triton", "fused"
         ):
             assert result.ok, result
     assert ("project_outer" in launched) == one_pass
@@ -147,11 +145,11 @@ def test_split_sums(parts, one_pass, launched, monkeypatch):
 
 @pytest.mark.parametrize("K", [64, 63])
 def test_nothing_leaks_from_dropped_inputs(K):
-    case = Case(40, K, 24, 3, members=2, granularity="feature", dropout_p=0.5)
+    case = Case(32, K, 8, 3, members=2, granularity="feature", dropout_p=0.5)
     inputs = make_inputs(case)
     clean = calls_of(case, "fused", inputs)
     for i in range(2):
-        dropped = ~rng.keep_mask(case.seed + 1, (40, K), 0.5, rng.PURPOSE_LORA_DROPOUT, i)
+        dropped = ~rng.keep_mask(case.seed + 1, (32, K), 0.5, rng.PURPOSE_LORA_DROPOUT, i)
         dirty = calls_of(case, "fused", inputs | {"x": inputs["x"].masked_fill(dropped, float("nan"))})
         assert torch.equal(clean["forward"][1][1][i], dirty["forward"][1][1][i])
         for name in (f"dlora_A{i}", f"dlora_B{i}", "dx"):
