@@ -72,10 +72,11 @@ LORASP_CLONES void count_entries(const uint8_t* active, int32_t* steps, int64_t 
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     const int32_t t = steps[i] + active[i];
-    const int32_t index = t < end ? t : end;
+    // The table's first entry is that of whoever rests: no branch, which a random selection would mispredict.
+    const int32_t index = (t < end ? t : end) & -static_cast<int32_t>(active[i]);
     steps[i] = t;
     size[i] = table_size[index];
-    root[i] = active[i] ? table_root[index] : 0.0f;
+    root[i] = table_root[index];
   }
 }
 
