@@ -9,7 +9,14 @@ from collections.abc import Iterable
 import torch
 
 from lorasp.ops import registry
-from lorasp.testing import dropkey_attention, lora_linear, lora_linear_group
+from lorasp.testing import (
+    consistency,
+    dropkey_attention,
+    hidden_cut,
+    linear_consistency,
+    lora_linear,
+    lora_linear_group,
+)
 from lorasp.testing.lora_linear import Case, check_case, make_inputs
 from lorasp.testing.rule import CheckResult, assert_close, bound, error
 
@@ -19,6 +26,9 @@ OPERATORS = {
     "lora_linear": lora_linear,
     "lora_linear_group": lora_linear_group,
     "dropkey_attention": dropkey_attention,
+    "hidden_cut": hidden_cut,
+    "consistency": consistency,
+    "linear_consistency": linear_consistency,
 }
 
 
