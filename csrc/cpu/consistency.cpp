@@ -17,9 +17,6 @@
 namespace lorasp {
 namespace {
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
 constexpr const char* kWhere = "consistency";
 constexpr int64_t kStats = 6;
 constexpr int64_t kGrainElements = 16384;  // less than this is not worth a thread
@@ -40,8 +37,7 @@ struct Mask {
 
   Mask(const OptionalTensor& mask, const Tensor& logits) {
     if (!mask) return;
-    check_rows(kWhere, "mask", *mask, logits.sizes().slice(0, 2));
-    TORCH_CHECK_TYPE(mask->scalar_type() == at::kBool, "consistency: mask must be bool, got ", mask->scalar_type());
+    check_tensor(kWhere, "mask", *mask, logits.sizes().slice(0, 2), at::kBool);
     held = mask->contiguous();
     data = held.const_data_ptr<bool>();
   }
@@ -51,10 +47,8 @@ struct Mask {
 void check_pair(const Tensor& logits, const Tensor& other) {
   TORCH_CHECK_VALUE(logits.dim() == 3 && logits.size(2) > 0, "consistency: logits must be (B, T, V), got ",
                     logits.sizes());
-  check_rows(kWhere, "logits", logits, logits.sizes());
-  check_rows(kWhere, "other", other, logits.sizes());
-  TORCH_CHECK_TYPE(other.scalar_type() == logits.scalar_type(), "consistency: other must be ", logits.scalar_type(),
-                   ", got ", other.scalar_type());
+  check_tensor(kWhere, "logits", logits, logits.sizes(), logits.scalar_type());
+  check_tensor(kWhere, "other", other, logits.sizes(), logits.scalar_type());
 }
 
 template <class F>
@@ -66,7 +60,7 @@ void for_each_row(const Rows& rows, const F& work) {
 
 std::tuple<Tensor, Tensor> consistency_forward_cpu(const Tensor& logits, const Tensor& other,
                                                    const OptionalTensor& mask, std::string_view kind) {
-  const BelowModes below;
+  const PlainDispatch plain;
   check_pair(logits, other);
   const Weights weight = weights(kind);
   const Rows a(kWhere, "logits", logits), b(kWhere, "other", other);
@@ -129,17 +123,14 @@ void gradients(const Tensor& drows_, const Rows& a, const Rows& b, const Tensor&
 
 void check_gradient(const Tensor& drows, const Tensor& logits, const Tensor& stats) {
   const int64_t B = logits.size(0), T = logits.size(1);
-  check_rows(kWhere, "drows", drows, {B, T});
-  check_rows(kWhere, "stats", stats, {B, T, kStats});
-  TORCH_CHECK_TYPE(drows.scalar_type() == at::kFloat && stats.scalar_type() == at::kFloat,
-                   "consistency: drows and stats must be float32, got ", drows.scalar_type(), ", ",
-                   stats.scalar_type());
+  check_tensor(kWhere, "drows", drows, {B, T}, at::kFloat);
+  check_tensor(kWhere, "stats", stats, {B, T, kStats}, at::kFloat);
 }
 
 std::tuple<Tensor, Tensor> consistency_backward_cpu(const Tensor& drows, const Tensor& logits, const Tensor& other,
                                                     const Tensor& stats, const OptionalTensor& mask,
                                                     std::string_view kind, bool need_dlogits, bool need_dother) {
-  const BelowModes below;
+  const PlainDispatch plain;
   check_pair(logits, other);
   check_gradient(drows, logits, stats);
   const auto gradient = [&](bool needed, std::optional<Rows>* rows) {
@@ -156,7 +147,7 @@ std::tuple<Tensor, Tensor> consistency_backward_cpu(const Tensor& drows, const T
 
 void consistency_replace_cpu(const Tensor& drows, const Tensor& logits, const Tensor& other, const Tensor& stats,
                              const OptionalTensor& mask, std::string_view kind, bool need_dlogits, bool need_dother) {
-  const BelowModes below;
+  const PlainDispatch plain;
   check_pair(logits, other);
   check_gradient(drows, logits, stats);
   for (const Tensor& t : {logits, other}) {

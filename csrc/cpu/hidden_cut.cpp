@@ -17,9 +17,6 @@
 namespace lorasp {
 namespace {
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
 constexpr uint32_t kPurpose = 2;
 constexpr int64_t kPiece = 2048;           // 256 mask bytes, at most 24 KiB of operands
 constexpr int64_t kGrainElements = 32768;  // less than this is not worth a thread
@@ -33,8 +30,7 @@ class Cut {
     const double t = std::nearbyint(p * 65536);
     TORCH_CHECK_VALUE(p >= 0.0 && p < 1.0 && (pattern == "span" || t < 65536), "hidden_cut: p must be in [0, 1), got ",
                       p);
-    check_rows("hidden_cut", "seed", seed_, {});
-    TORCH_CHECK_TYPE(seed_.scalar_type() == at::kLong, "hidden_cut: seed must be int64, got ", seed_.scalar_type());
+    check_tensor("hidden_cut", "seed", seed_, {}, at::kLong);
     const auto seed = static_cast<uint64_t>(*seed_.const_data_ptr<int64_t>());
     mask_ = {seed, kPurpose, 0, static_cast<uint32_t>(t)};
     by_element = pattern == "element";
@@ -75,7 +71,7 @@ void apply(const Cut& cut, Rows x, std::optional<Rows> residual, const Tensor& o
   }
   const RowKernels& rows = row_kernels();
   const Kernels& masks = kernels(DType::kF32);
-  const DType out_dtype = row_dtype("hidden_cut", "out", out.scalar_type());
+  const DType out_dtype = compute_dtype("hidden_cut", "out", out);
   const RowKernels::Cut all = residual ? rows.add[static_cast<int>(x.dtype)][static_cast<int>(residual->dtype)]
                                        : rows.plain[static_cast<int>(x.dtype)][static_cast<int>(out_dtype)];
   const RowKernels::Cut nothing_left =
@@ -107,10 +103,10 @@ void apply(const Cut& cut, Rows x, std::optional<Rows> residual, const Tensor& o
 
 Tensor hidden_cut_forward_cpu(const Tensor& x, const OptionalTensor& residual, const Tensor& seed, double p,
                               std::string_view pattern) {
-  const BelowModes below;
+  const PlainDispatch plain;
   TORCH_CHECK_VALUE(x.dim() == 3, "hidden_cut: x must be (B, S, F), got ", x.sizes());
-  check_rows("hidden_cut", "x", x, x.sizes());
-  if (residual) check_rows("hidden_cut", "residual", *residual, x.sizes());
+  check_tensor("hidden_cut", "x", x, x.sizes(), x.scalar_type());
+  if (residual) check_tensor("hidden_cut", "residual", *residual, x.sizes(), residual->scalar_type());
   const Cut cut(seed, p, pattern, x.size(0), x.size(1));
   const Rows rows("hidden_cut", "x", x);
   std::optional<Rows> added;
@@ -123,9 +119,9 @@ Tensor hidden_cut_forward_cpu(const Tensor& x, const OptionalTensor& residual, c
 
 Tensor hidden_cut_backward_cpu(const Tensor& dy, const Tensor& seed, double p, std::string_view pattern,
                                at::ScalarType dtype) {
-  const BelowModes below;
+  const PlainDispatch plain;
   TORCH_CHECK_VALUE(dy.dim() == 3, "hidden_cut: dy must be (B, S, F), got ", dy.sizes());
-  check_rows("hidden_cut", "dy", dy, dy.sizes());
+  check_tensor("hidden_cut", "dy", dy, dy.sizes(), dy.scalar_type());
   const Cut cut(seed, p, pattern, dy.size(0), dy.size(1));
   Tensor dx = at::empty(dy.sizes(), dy.options().dtype(dtype));
   if (dx.numel() > 0) apply(cut, Rows("hidden_cut", "dy", dy), std::nullopt, dx);
