@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from . import dropkey_attention, lora_linear, lora_linear_group, partial_adamw, tuning
+from . import consistency, dropkey_attention, hidden_cut, lora_linear, lora_linear_group, partial_adamw, tuning
 from .launch import CompileCase, record
 
 ARCHITECTURES = (80, 90, 100, 120)
@@ -37,6 +37,15 @@ _ATTENTION_STEPS = {
     120: ((torch.float32, 64, "column", "bias"), (torch.float16, 64, "element", "bias")),
 }
 
+_EVEN_TOKENS, _ODD_TOKENS = (4, 2048, 4096), (3, 33, 5001)  # (B, S, F) of hidden_cut, (B, T, V) of consistency
+_CUT_STEPS = (
+    (torch.bfloat16, _EVEN_TOKENS, "element"),
+    (torch.float32, _ODD_TOKENS, "element"),
+    (torch.bfloat16, _EVEN_TOKENS, "column"),
+    (torch.bfloat16, _ODD_TOKENS, "span"),
+)
+_PAIR_STEPS = ((torch.bfloat16, _EVEN_TOKENS, "kl"), (torch.float32, _ODD_TOKENS, "js"))
+
 
 def compile_cases(arch: int) -> list[CompileCase]:
     """The distinct specialisations that are launched on `arch`: of lora_linear with every plan, dtype, dropout on and
@@ -50,6 +59,10 @@ def compile_cases(arch: int) -> list[CompileCase]:
         for step in _ATTENTION_STEPS[arch]:
             _attention_step(*step)
         _adamw_step()
+        for step in _CUT_STEPS:
+            _cut_step(*step)
+        for step in _PAIR_STEPS:
+            _pair_step(*step)
     return cases
 
 
@@ -119,6 +132,23 @@ def _adamw_step() -> None:
         steps = torch.empty(shape or (1,), dtype=torch.int32, device="meta")
         active = None if shape is None else torch.empty(shape, dtype=torch.bool, device="meta")
         partial_adamw.step_(*tensors, [steps], [active], 1e-3, 0.9, 0.999, 1e-8, 0.01)
+
+
+def _cut_step(dtype: torch.dtype, shape: tuple[int, int, int], pattern: str) -> None:
+    """A residual add of an autocast model, and backward; x strided, so that rows are seen as rows."""
+    x = torch.empty((shape[1], shape[0], shape[2]), dtype=dtype, device="meta").transpose(0, 1)
+    residual = torch.empty(shape, dtype=torch.float32, device="meta")
+    seed = torch.empty((), dtype=torch.int64, device="meta")
+    y = hidden_cut.forward(x, residual, seed, 0.1, pattern)
+    hidden_cut.backward(y, seed, 0.1, pattern, dtype)
+
+
+def _pair_step(dtype: torch.dtype, shape: tuple[int, int, int], kind: str) -> None:
+    """Both gradients, masked rows with kl."""
+    logits, other = (torch.empty(shape, dtype=dtype, device="meta") for _ in range(2))
+    mask = torch.empty(shape[:2], dtype=torch.bool, device="meta") if kind == "kl" else None
+    rows, stats = consistency.forward(logits, other, mask, kind)
+    consistency.backward(rows, logits, other, stats, mask, kind, True, True)
 
 
 @contextlib.contextmanager

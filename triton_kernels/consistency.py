@@ -101,7 +101,7 @@ def _consistency_bwd_kernel(
     inside = offs < V
     kept = inside
     if HAS_MASK:
-        kept = inside & (tl.load(mask_ptr + row) != 0)
+        kept = offs < V * tl.load(mask_ptr + row).to(tl.int32)  # a row left out has no entry
     a = tl.load(a_ptr + b_index * stride_ab + t_index * stride_at + offs, mask=kept, other=0.0).to(tl.float32)
     b = tl.load(b_ptr + b_index * stride_bb + t_index * stride_bt + offs, mask=kept, other=0.0).to(tl.float32)
     stats_ptr += row * 6

@@ -36,16 +36,36 @@ inline vf vfma_nonzero(vf w, vf d, vf acc) {
 
 #endif
 
-// exp(x), x <= 88, exactly 0 below ln 2^-126; NaN stays NaN. What rounding x log2(e) loses is put back: at x = -20 it
-// would be six units of the last place.
+// exp(x), x <= 88, exactly 0 below ln 2^-126; NaN stays NaN. The exponent is reduced in one rounding, so that results
+// are within one unit of the last place.
+#if defined(LORASP_AVX512) || defined(LORASP_AVX2)
+
 inline vf vexp(vf x) {
-  const vf log2e = vset(1.44269502f);
-  x = vmax(vset(-104.0f), x);
-  const vf y = vmul(x, log2e);
-  const vf rest = vfma(x, vset(1.92596303e-8f), vfma(x, log2e, vsub(vzero(), y)));
-  const vf power = vexp2<true>(y);
-  return vfma(power, vmul(rest, vset(0.693147182f)), power);
+  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  const vf log2e = vset(1.44269502f), log2e_rest = vset(1.92596303e-8f);
+#if defined(LORASP_AVX512)
+  const __mmask16 normal = _mm512_cmp_ps_mask(x, vset(-87.33f), _CMP_NLT_UQ);
+  const vf n = _mm512_roundscale_ps(vmul(x, log2e), kNearest);
+  const vf f = vfma(x, log2e_rest, _mm512_fmsub_ps(x, log2e, n));
+  return _mm512_maskz_scalef_ps(normal, exp2_fraction<true>(f), n);
+#else
+  const vf normal = _mm256_cmp_ps(x, vset(-87.33f), _CMP_NLT_UQ);
+  x = vmax(vset(-87.33f), x);
+  const vf n = _mm256_round_ps(vmul(x, log2e), kNearest);
+  const vf f = vfma(x, log2e_rest, _mm256_fmsub_ps(x, log2e, n));  // NaN where x is
+  const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+  return _mm256_and_ps(normal, vfma(exp2_fraction<true>(f), _mm256_castsi256_ps(power), vsub(f, f)));
+#endif
 }
+
+#else
+
+inline vf vexp(vf x) {
+  for (int i = 0; i < kWidth; ++i) x[i] = __builtin_expf(x[i]);
+  return x;
+}
+
+#endif
 
 }  // namespace
 }  // namespace lorasp::LORASP_ISA
