@@ -30,7 +30,7 @@ def _consistency_fwd_kernel(
     a_ptr, b_ptr, mask_ptr, rows_ptr, stats_ptr, T, V, stride_ab, stride_at, stride_bb, stride_bt,
     SYMMETRIC: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """rows and stats (max, Σexp(a − max), of b likewise, KL(P‖Q), KL(Q‖P)) of one row.
+    """rows and stats (max, 1/Σexp(a − max), of b likewise, KL(P‖Q), KL(Q‖P)) of one row.
 
     sum_a = Σ exp(x), dot_a = Σ exp(x)·(x − y − shift), x = a − ref_a, y = b − ref_b, over the blocks so far; dot_b with
     exp(y). shift is the log ratio of the sums: where the distributions are close, nothing large cancels in the dots.
@@ -79,9 +79,9 @@ def _consistency_fwd_kernel(
         tl.store(rows_ptr + row, kl_ab)
     stats_ptr += row * 6
     tl.store(stats_ptr, tl.where(kept, top_a, 0.0))
-    tl.store(stats_ptr + 1, sum_a)
+    tl.store(stats_ptr + 1, tl.where(kept, 1.0 / sum_a, 0.0))
     tl.store(stats_ptr + 2, tl.where(kept, top_b, 0.0))
-    tl.store(stats_ptr + 3, sum_b)
+    tl.store(stats_ptr + 3, tl.where(kept, 1.0 / sum_b, 0.0))
     tl.store(stats_ptr + 4, kl_ab)
     tl.store(stats_ptr + 5, kl_ba)
 
@@ -105,12 +105,12 @@ def _consistency_bwd_kernel(
     a = tl.load(a_ptr + b_index * stride_ab + t_index * stride_at + offs, mask=kept, other=0.0).to(tl.float32)
     b = tl.load(b_ptr + b_index * stride_bb + t_index * stride_bt + offs, mask=kept, other=0.0).to(tl.float32)
     stats_ptr += row * 6
-    sum_a, sum_b = tl.load(stats_ptr + 1), tl.load(stats_ptr + 3)
+    over_a, over_b = tl.load(stats_ptr + 1), tl.load(stats_ptr + 3)
     kl_ab, kl_ba = tl.load(stats_ptr + 4), tl.load(stats_ptr + 5)
     drow = tl.load(drows_ptr + row)
     x, y = a - tl.load(stats_ptr), b - tl.load(stats_ptr + 2)
-    p, q = tl.exp(x) / sum_a, tl.exp(y) / sum_b
-    d = x - y - (tl.log(sum_a) - tl.log(sum_b))
+    p, q = tl.exp(x) * over_a, tl.exp(y) * over_b
+    d = x - y - (tl.log(over_b) - tl.log(over_a))
     if SYMMETRIC:
         da = 0.5 * (tl.where(p == 0.0, 0.0, p * (d - kl_ab)) + (p - q))
         db = 0.5 * (tl.where(q == 0.0, 0.0, q * (-d - kl_ba)) + (q - p))

@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor> consistency_forward_cpu(const Tensor& logits, const T
   for_each_row(a, [&](int64_t row) {
     PairStats s{};
     if (kept.counts(row)) pair_stats(a.at(row), b.at(row), a.F, &s);
-    const double values[kStats] = {s.max_a, s.sum_a, s.max_b, s.sum_b, s.kl_ab, s.kl_ba};
+    const double values[kStats] = {s.max_a, s.over_a, s.max_b, s.over_b, s.kl_ab, s.kl_ba};
     std::copy(values, values + kStats, stats_data + row * kStats);
     row_data[row] = static_cast<float>(weight.ba == 0.0f ? s.kl_ab : (s.kl_ab + s.kl_ba) / 2);
   });
@@ -102,7 +102,7 @@ void gradients(const Tensor& drows_, const Rows& a, const Rows& b, const Tensor&
     const bool finite = std::isfinite(weight.ba == 0.0f ? s[4] : s[4] + s[5]);
     if (kept.counts(row) && finite) {
       const auto log_ratio =
-          static_cast<float>(std::log(static_cast<double>(s[1])) - std::log(static_cast<double>(s[3])));
+          static_cast<float>(std::log(static_cast<double>(s[3])) - std::log(static_cast<double>(s[1])));
       const PairGradient g{s[0],
                            s[1],
                            s[2],

@@ -7,15 +7,15 @@
 
 namespace lorasp {
 
-// sum_a = sum exp(a - max_a), b likewise; kl_ab = KL(softmax a | softmax b).
+// over_a = 1 / sum exp(a - max_a), b likewise; kl_ab = KL(softmax a | softmax b).
 struct PairStats {
-  double max_a, sum_a, max_b, sum_b, kl_ab, kl_ba;
+  double max_a, over_a, max_b, over_b, kl_ab, kl_ba;
 };
 
 // The gradients of weight_ab KL(P|Q) + weight_ba KL(Q|P), the row's own gradient folded into the weights.
 struct PairGradient {
-  float max_a, sum_a, max_b, sum_b, kl_ab, kl_ba;  // kl_ba finite
-  float log_ratio;                                 // log(sum_a / sum_b)
+  float max_a, over_a, max_b, over_b, kl_ab, kl_ba;  // kl_ba finite
+  float log_ratio;                                   // log(over_b / over_a)
   float weight_ab, weight_ba;
 };
 

@@ -58,18 +58,21 @@ void cut(const void* x_, const void* residual_, const uint32_t* bits, float scal
 struct Pair {
   vf a, b;
 };
+struct Sums {
+  double a, b;
+};
 
-// The sum of add(v, &run) over vectors 0 ... count - 1: short runs, summed again.
+// The sum of add(v, &run) over vectors 0 ... count - 1: short runs in fp32, summed in double.
 template <class F>
-inline Pair sum_in_runs(int64_t count, const F& add) {
+inline Sums sum_in_runs(int64_t count, const F& add) {
   constexpr int64_t kRun = 16;
-  Pair all{vzero(), vzero()};
+  Sums all{0.0, 0.0};
   for (int64_t first = 0; first < count; first += kRun) {
     const int64_t last = first + kRun < count ? first + kRun : count;
     Pair run{vzero(), vzero()};
     for (int64_t v = first; v < last; ++v) add(v, &run);
-    all.a = vadd(all.a, run.a);
-    all.b = vadd(all.b, run.b);
+    all.a += static_cast<double>(vsum(run.a));
+    all.b += static_cast<double>(vsum(run.b));
   }
   return all;
 }
@@ -127,32 +130,32 @@ void pair_stats(const void* a_, const void* b_, int64_t count, PairStats* stats)
 
     const vf reference_a = vset(static_cast<float>(side_a.reference));
     const vf reference_b = vset(static_cast<float>(side_b.reference));
-    const Pair sums = sum_in_runs(vectors, [&](int64_t v, Pair* run) {
+    const Sums sums = sum_in_runs(vectors, [&](int64_t v, Pair* run) {
       const vf x = vexp(vsub(load_a(v), reference_a)), y = vexp(vsub(load_b(v), reference_b));
       vstore(p + v * kWidth, x);
       vstore(q + v * kWidth, y);
       run->a = vadd(run->a, x);
       run->b = vadd(run->b, y);
     });
-    const double sum_a = static_cast<double>(vsum(sums.a)), sum_b = static_cast<double>(vsum(sums.b));
-    const double ratio = __builtin_log((side_a.sum + sum_a) / (side_b.sum + sum_b));
+    const double ratio = __builtin_log((side_a.sum + sums.a) / (side_b.sum + sums.b));
     if (ratio - ratio == 0.0) shift_to(ratio);
 
     const vf subtracted = vset(static_cast<float>(shift));
-    const Pair dots = sum_in_runs(vectors, [&](int64_t v, Pair* run) {
+    const Sums dots = sum_in_runs(vectors, [&](int64_t v, Pair* run) {
       const vf d = vsub(vsub(vsub(load_a(v), reference_a), vsub(load_b(v), reference_b)), subtracted);
       run->a = vfma_nonzero(vload(p + v * kWidth), d, run->a);
       run->b = vfma_nonzero(vload(q + v * kWidth), d, run->b);
     });
     // The vectors had shift rounded to a float.
     const double rest = static_cast<double>(static_cast<float>(shift)) - shift;
-    side_a.sum += sum_a;
-    side_b.sum += sum_b;
-    side_a.dot += static_cast<double>(vsum(dots.a)) + rest * sum_a;
-    side_b.dot += static_cast<double>(vsum(dots.b)) + rest * sum_b;
+    side_a.sum += sums.a;
+    side_b.sum += sums.b;
+    side_a.dot += dots.a + rest * sums.a;
+    side_b.dot += dots.b + rest * sums.b;
   }
   shift_to(__builtin_log(side_a.sum / side_b.sum));
-  *stats = {side_a.highest, side_a.sum, side_b.highest, side_b.sum, side_a.dot / side_a.sum, -side_b.dot / side_b.sum};
+  *stats = {side_a.highest,   1.0 / side_a.sum,        side_b.highest,
+            1.0 / side_b.sum, side_a.dot / side_a.sum, -side_b.dot / side_b.sum};
 }
 
 // da = weight_ab p (d - kl_ab) + weight_ba (p - q)          db = weight_ba q (-d - kl_ba) + weight_ab (q - p)
@@ -162,8 +165,8 @@ void pair_gradient(const void* a_, const void* b_, int64_t count, const PairGrad
   const T* b = static_cast<const T*>(b_);
   T* da = static_cast<T*>(da_);
   T* db = static_cast<T*>(db_);
-  const vf max_a = vset(row.max_a), over_a = vset(1.0f / row.sum_a);
-  const vf max_b = vset(row.max_b), over_b = vset(1.0f / row.sum_b);
+  const vf max_a = vset(row.max_a), over_a = vset(row.over_a);
+  const vf max_b = vset(row.max_b), over_b = vset(row.over_b);
   const vf ab = vset(row.weight_ab), ba = vset(row.weight_ba), limit = vset(1e30f), minus_limit = vset(-1e30f);
   const vf ratio = vset(row.log_ratio), kl_ab = vset(row.kl_ab), minus_kl_ba = vset(-row.kl_ba);
   const auto gradients = [&](vf x, vf y, vf* dx, vf* dy) {

@@ -8,7 +8,7 @@ P = softmax(logits), Q = softmax(other) over the last dimension, d = log P - log
 with (a, b) = (1/2, 1/2) for kl and (1, 0) for js. An entry of probability 0 adds nothing. A probability that meets a
 zero of the other distribution makes the divergence infinite: its row is inf and its gradients are NaN.
 
-stats (B, T, 6): max logits, sum exp(logits - max), the same of other, KL(P|Q), KL(Q|P).
+stats (B, T, 6): max logits, 1 / sum exp(logits - max), the same of other, KL(P|Q), KL(Q|P).
 HiddenKey: arXiv 2403.00812 (its "JS" is KL(P|Q), Q the output in inference mode).
 """
 
@@ -23,11 +23,11 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _normalise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(max, sum exp(x - max), log softmax), the first two (B, T, 1)."""
+    """(max, 1 / sum exp(x - max), log softmax), the first two (B, T, 1)."""
     highest = x.amax(-1, keepdim=True)
     shifted = x - highest
     total = shifted.exp().sum(-1, keepdim=True)
-    return highest, total, shifted - total.log()
+    return highest, 1 / total, shifted - total.log()
 
 
 def _expect(p: Tensor, d: Tensor) -> Tensor:
@@ -38,11 +38,11 @@ def _expect(p: Tensor, d: Tensor) -> Tensor:
 def forward(logits: Tensor, other: Tensor, mask: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
     """(rows (B, T), stats (B, T, 6)) of logits and other (B, T, V), in fp32 (fp64 for fp64). mask (B, T): False rows
     are 0."""
-    max_a, sum_a, log_p = _normalise(_wide(logits))
-    max_b, sum_b, log_q = _normalise(_wide(other))
+    max_a, over_a, log_p = _normalise(_wide(logits))
+    max_b, over_b, log_q = _normalise(_wide(other))
     forwards = _expect(log_p.exp(), log_p - log_q).sum(-1, keepdim=True)
     backwards = _expect(log_q.exp(), log_q - log_p).sum(-1, keepdim=True)
-    stats = torch.cat((max_a, sum_a, max_b, sum_b, forwards, backwards), -1)
+    stats = torch.cat((max_a, over_a, max_b, over_b, forwards, backwards), -1)
     rows = (forwards if kind == "js" else (forwards + backwards) / 2).squeeze(-1)
     if mask is None:
         return rows, stats
@@ -61,8 +61,8 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """(dlogits, dother) in the inputs' dtype, (0,) where it is not needed. drows (B, T)."""
     a, b = WEIGHTS[kind]
-    max_a, sum_a, max_b, sum_b, forwards, backwards = stats.unsqueeze(-2).unbind(-1)
-    log_p, log_q = _wide(logits) - max_a - sum_a.log(), _wide(other) - max_b - sum_b.log()
+    max_a, over_a, max_b, over_b, forwards, backwards = stats.unsqueeze(-2).unbind(-1)
+    log_p, log_q = _wide(logits) - max_a + over_a.log(), _wide(other) - max_b + over_b.log()
     p, q, d = log_p.exp(), log_q.exp(), log_p - log_q
     finite = (forwards if kind == "js" else forwards + backwards).isfinite()
 
