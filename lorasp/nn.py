@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from lorasp.config import LoRAConfig, PartialConfig, check_adapter
 from lorasp.functional import PackedWeight, lora_linear, pack_weight
+from lorasp.functional.arguments import seed_tensor, surroundings
+from lorasp.functional.lora_linear_group import LoRALinearPartFunction, constants
 from lorasp.partial import make_adapter
 from lorasp.partial_adapter import PartialAdapter
 from lorasp.shared_input import SharedInput, linear_group
@@ -173,6 +175,7 @@ class LoRALinear(nn.Module):
         # Save x itself where x[:, J] would do: something else keeps this x alive anyway.
         self.keep_input = False
         self._packed: _Packed | None = None
+        self._checked: tuple = (None, None)
         arguments |= {"name": name, "peers": peers, "device": weight.device, "dtype": adapter_dtype}
         adapter = make_adapter(self.in_features, self.out_features, **arguments)
         self.adapters = nn.ModuleDict({DEFAULT_ADAPTER: adapter})
@@ -234,7 +237,30 @@ class LoRALinear(nn.Module):
             )  # fmt: skip
         # Traced members would keep a copy of x[:, J] each: x itself is no more than two of them.
         keep_input = self.keep_input or (self.shared_input is not None and torch.compiler.is_compiling())
-        return linear_group(x, [o], [member], seed, keep_input)[0]
+        return self._compute_part(x, o, seed, member, keep_input)
+
+    def _compute_part(self, x: Tensor, o: Operands, seed: Tensor | None, member: int, keep_input: bool) -> Tensor:
+        """linear_group of this layer; what it checks is not checked again while sizes, dtypes and devices stay."""
+        bias_trains = o.bias is not None and o.bias.requires_grad
+        if torch.compiler.is_compiling() or o.packed is not None or o.weight.requires_grad or bias_trains:
+            return linear_group(x, [o], [member], seed, keep_input)[0]
+        found = isinstance(x, Tensor) and (
+            x.dtype, x.device, x.shape[-1:], surroundings(x), keep_input, member, o.scale, o.dropout_p, o.weight.dtype,
+            o.weight.device, o.lora_A.dtype, o.lora_B.dtype, self.active_adapter,
+        )  # fmt: skip
+        checked, how = self._checked
+        if found != checked or o.mask_A is not None or o.mask_B is not None:
+            (y,) = linear_group(x, [o], [member], seed, keep_input)
+            how = constants(x, [o.scale], o.dropout_p, [member], keep_input, "auto")
+            fits = {o.lora_A.dtype, o.lora_B.dtype} <= {how.dtype, torch.float32}
+            self._checked = (found if fits else None), how
+            return y
+        if how.dropout_p:
+            seed = seed_tensor("LoRALinear", seed, x.device)
+        return LoRALinearPartFunction.apply(
+            x, seed, o.columns, how, o.weight, o.bias, o.lora_A, o.lora_B, o.frozen_A, o.frozen_B, o.rows, o.entries_A,
+            o.entries_B,
+        )  # fmt: skip
 
     def _operands(self) -> Operands:
         # Past nn.Module.__getattr__, which is most of a call's time where the parameters are where they should be.
@@ -299,7 +325,7 @@ class LoRALinear(nn.Module):
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_packed": None}
+        return self.__dict__ | {"_packed": None, "_checked": (None, None)}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)

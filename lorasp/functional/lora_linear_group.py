@@ -12,7 +12,16 @@ from lorasp import rng
 from lorasp.functional.arguments import autocast_dtype, check_dropout, check_tensor, compute_dtypes, factor, seed_tensor
 from lorasp.functional.lora_linear import PackedWeight
 from lorasp.ops import registry
-from lorasp.ops.lora_linear_group import LoRALinearGroupFunction, Members
+from lorasp.ops.lora_linear_group import LoRALinearGroupFunction, LoRALinearPartFunction, Members
+
+__all__ = [
+    "Constants",
+    "LoRALinearGroupFunction",
+    "LoRALinearPartFunction",
+    "Partial",
+    "constants",
+    "lora_linear_group",
+]
 
 Optional = Sequence[Tensor | None] | None
 

@@ -225,3 +225,56 @@ def _backward(ctx, *dys):
 
 # With grad mode on (create_graph=True) the result must refuse to be differentiated again.
 _backward_once = once_differentiable(_backward)
+
+
+class LoRALinearPartFunction(torch.autograd.Function):
+    """LoRALinearGroupFunction for one member without packed weight or trainable weight: less Python time per call."""
+
+    @staticmethod
+    def forward(
+        ctx, x, seed, columns, how, weight, bias, lora_A, lora_B, frozen_A, frozen_B, rows, entries_A, entries_B,
+    ):  # fmt: skip
+        scales, dropout_p, members, keep_input, dtype, backend, plan = how
+        need_x, _, _, _, _, _, need_A, need_B, *_ = ctx.needs_input_grad
+        save_x = need_A and (columns is None or keep_input)
+        keep_columns = need_A and not save_x
+        (y,), (xa,), x_columns = forward_ops[backend](
+            as_rows(x, dtype), [cast(weight, dtype)], [cast(bias, dtype)], [lora_A], [lora_B], [frozen_A], [frozen_B],
+            columns, [rows], [entries_A], [entries_B], seed, scales, dropout_p, members, keep_columns, plan, [None],
+        )  # fmt: skip
+        if need_x or need_A or need_B:
+            ctx.save_for_backward(
+                x if save_x else None, x_columns if keep_columns else None, seed if need_x or need_A else None, columns,
+                weight if need_x else None, lora_A, lora_B, frozen_A, frozen_B, rows, entries_A, entries_B,
+                xa if need_B else None,
+            )  # fmt: skip
+        ctx.constants = how, x.shape, x.dtype
+        return y if x.ndim == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def backward(ctx, dy):
+        return _part_backward_once(ctx, dy) if torch.is_grad_enabled() else _part_backward(ctx, dy)
+
+
+def _part_backward(ctx, dy):
+    (scales, dropout_p, members, _, dtype, backend, plan), x_shape, x_dtype = ctx.constants
+    x, x_columns, seed, columns, weight, lora_A, lora_B, frozen_A, frozen_B, rows, entries_A, entries_B, xa = (
+        ctx.saved_tensors
+    )
+    need_x, _, _, _, _, _, need_A, need_B, *_ = ctx.needs_input_grad
+    dy = dy if dy.ndim == 2 else dy.reshape(-1, dy.shape[-1])
+    if x is not None:
+        x = as_rows(x, dtype)
+        if columns is not None:
+            x, x_columns = None, x.index_select(1, columns)
+    dx, (dlora_A,), (dlora_B,) = backward_ops[backend](
+        [dy], x, x_columns, [cast(weight, dtype) if need_x else dy.new_empty((0, 0))], [lora_A], [lora_B], [frozen_A],
+        [frozen_B], columns, [rows], [entries_A], [entries_B], [xa], seed, [None], [None], scales, dropout_p, members,
+        x_shape[-1], need_x, [need_A], [need_B], plan, [None],
+    )  # fmt: skip
+    dx = cast(dx if len(x_shape) == 2 else dx.reshape(x_shape), x_dtype) if need_x else None
+    rest = (None,) * 5
+    return dx, None, None, None, None, None, dlora_A if need_A else None, dlora_B if need_B else None, *rest
+
+
+_part_backward_once = once_differentiable(_part_backward)
