@@ -70,9 +70,10 @@ def _consistency_fwd_kernel(
         sum_a += more_a
         sum_b += more_b
     # A row left out divides 1 by 1.
-    rest = tl.log(tl.where(kept, sum_a, 1.0)) - tl.log(tl.where(kept, sum_b, 1.0)) - shift
-    kl_ab = dot_a / tl.where(kept, sum_a, 1.0) - rest
-    kl_ba = rest - dot_b / tl.where(kept, sum_b, 1.0)
+    sum_a, sum_b = tl.where(kept, sum_a, 1.0), tl.where(kept, sum_b, 1.0)
+    rest = tl.log(sum_a) - tl.log(sum_b) - shift
+    kl_ab = dot_a / sum_a - rest
+    kl_ba = rest - dot_b / sum_b
     if SYMMETRIC:
         tl.store(rows_ptr + row, (kl_ab + kl_ba) * 0.5)
     else:
