@@ -217,16 +217,21 @@ struct Exponent {
     low = vset(rest > __FLT_MIN__ ? rest : __FLT_MIN__);
   }
   template <class E>
-  vf power(vf s, vf base) const {
-    vf x = vfma(s, high, base);
-    if constexpr (E::kFine) x = vfma(s, low, x);
-    return vexp2<E::kFine>(x);
-  }
-  template <class E>
   vf power(vf s, vf base, vf base_low) const {
-    vf x = vfma(s, high, base);
+    vf x = fused(s, high, base);
     if constexpr (E::kFine) x = vadd(x, vfma(s, low, base_low));
     return vexp2<E::kFine>(x);
+  }
+
+ private:
+  // The product is as large as the base: its rounding must not show.
+  static vf fused(vf a, vf b, vf c) {
+#if defined(LORASP_AVX512) || defined(LORASP_AVX2)
+    return vfma(a, b, c);
+#else
+    for (int i = 0; i < kWidth; ++i) c[i] = static_cast<float>(static_cast<double>(a[i]) * b[i] + c[i]);
+    return c;
+#endif
   }
 };
 
@@ -292,8 +297,8 @@ inline void softmax_row(const ForwardScratch<E>& w, int64_t r, int64_t rows, int
   const vf base = vset(m == -kInfinity ? 0.0f : -m);
   vf sum0 = vzero(), sum1 = vzero();
   for (int64_t j = 0; j < count; j += kPanelColumns) {
-    const vf p0 = exponent.power<E>(vload(s + j * rows), base);
-    const vf p1 = exponent.power<E>(vload(s + j * rows + kWidth), base);
+    const vf p0 = exponent.power<E>(vload(s + j * rows), base, vzero());
+    const vf p1 = exponent.power<E>(vload(s + j * rows + kWidth), base, vzero());
     sum0 = vadd(sum0, p0);
     sum1 = vadd(sum1, p1);
     E::store_a(w.probabilities, rows, r, j, p0, p1);

@@ -45,13 +45,13 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _key_heads(tensor: Tensor, heads: int) -> Tensor:
+def per_query_head(tensor: Tensor, heads: int) -> Tensor:
     """(B, Hkv, Sk, D) as (B, H, Sk, D): query head h reads key head h // (H / Hkv)."""
     return tensor if tensor.shape[1] == heads else tensor.repeat_interleave(heads // tensor.shape[1], 1)
 
 
-def _logits(q: Tensor, k: Tensor, attn_mask: Tensor | None, seen: Tensor, scale: float) -> Tensor:
-    z = _wide(q) @ _key_heads(_wide(k), q.shape[1]).transpose(2, 3) * scale
+def logits(q: Tensor, k: Tensor, attn_mask: Tensor | None, seen: Tensor, scale: float) -> Tensor:
+    z = _wide(q) @ per_query_head(_wide(k), q.shape[1]).transpose(2, 3) * scale
     if attn_mask is not None and attn_mask.dtype != torch.bool:
         z = z + _wide(attn_mask)
     return z.masked_fill(~seen, float("-inf"))
@@ -78,13 +78,13 @@ def forward(
     attn_mask: bool (True = visible) or additive, 4-d, each dimension 1 or full. lse in fp32 (fp64 for fp64).
     """
     seen = visible(q, k, attn_mask, seed, dropout_p, pattern, is_causal)
-    lse = _logits(q, k, attn_mask, seen, scale).logsumexp(-1)
+    lse = logits(q, k, attn_mask, seen, scale).logsumexp(-1)
     p = _probabilities(q, k, attn_mask, seen, lse, scale)
-    return empty_output(q, v).copy_(p @ _key_heads(_wide(v), q.shape[1])), lse
+    return empty_output(q, v).copy_(p @ per_query_head(_wide(v), q.shape[1])), lse
 
 
 def _probabilities(q, k, attn_mask, seen, lse, scale):
-    z = _logits(q, k, attn_mask, seen, scale)
+    z = logits(q, k, attn_mask, seen, scale)
     return torch.exp(z - lse.unsqueeze(-1).masked_fill(lse.unsqueeze(-1) == float("-inf"), 0.0))
 
 
@@ -122,10 +122,10 @@ def backward(
     if need_dv:
         dv = torch.empty_like(v).copy_(per_key_head(p.transpose(2, 3) @ wide_do))
     if need_dq or need_dk or need_dmask:
-        dp = wide_do @ _key_heads(_wide(v), heads).transpose(2, 3)
+        dp = wide_do @ per_query_head(_wide(v), heads).transpose(2, 3)
         dz = p * (dp - (wide_do * _wide(o)).sum(-1, keepdim=True))
         if need_dq:
-            dq = torch.empty_like(q).copy_(dz @ _key_heads(_wide(k), heads) * scale)
+            dq = torch.empty_like(q).copy_(dz @ per_query_head(_wide(k), heads) * scale)
         if need_dk:
             dk = torch.empty_like(k).copy_(per_key_head(dz.transpose(2, 3) @ _wide(q)) * scale)
         if need_dmask:
