@@ -156,10 +156,9 @@ def test_finfo_min_hides_as_false_does(dtype):
         testing.assert_close(additive, boolean, boolean.double(), dtype)
 
 
-@pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize(("pattern", "is_causal"), [("column", True), ("element", False), ("span", False)])
 def test_gradcheck(pattern, is_causal):
-    (q, k, v), inputs = leaves(Case(1, 2, 1, 4, 5, 3, 2, torch.float64, mask="bias"))
+    (q, k, v), inputs = leaves(Case(1, 2, 1, 3, 4, 2, 2, torch.float64, mask="bias"))
     bias = inputs["attn_mask"].requires_grad_()
     assert torch.autograd.gradcheck(
         lambda q, k, v, bias: dropkey_attention(
@@ -416,7 +415,7 @@ def test_a_forced_backend_never_falls_back():
                 dropkey_attention(q, k, v, enable_gqa=True)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(
     B=st.integers(1, 2),
     groups=st.sampled_from([(1, 1), (2, 1), (3, 3), (4, 2)]),
