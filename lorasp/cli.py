@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     info.set_defaults(command=_info)
 
     demo = commands.add_parser(
-        "demo", help="train a small language model, then adapt it five ways and compare", description=_DEMO
+        "demo", help="train a small language model, then adapt it six ways and compare", description=_DEMO
     )
     demo.add_argument("--steps", type=_at_least(1), help="adaptation steps per method (default: by device)")
     demo.add_argument("--size", choices=("auto", "tiny", "small", "medium", "large"), default="auto", help="model size")
@@ -101,7 +101,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 _DEMO = """Trains a byte-level Llama-style model on English prose, then adapts it to Python source from the same weights
-with full fine-tuning, PEFT LoRA, lorasp LoRA, LoRA-FA and HiddenKey. No network. Prints one table, writes one PNG."""
+with full fine-tuning, PEFT LoRA, lorasp LoRA, LoRA-FA, LoRA-SP and HiddenKey. No network. Prints one table and one PNG."""
 
 _BENCH = """Times one adapted layer, forward and forward+backward, against the frozen nn.Linear of the same run.
 Correctness is asserted first; rounds are interleaved; medians and quartiles are reported.

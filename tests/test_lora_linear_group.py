@@ -344,6 +344,7 @@ MESSAGES = [
     (wrong(partial={"entries_A": [torch.arange(2), None]}), r"entries_A\[0\] must come with frozen_As"),
     (wrong(granularity="feature", partial={"columns": torch.arange(3)}), r"lora_As\[0\] must be \(2, 3\), one column"),
     (wrong(granularity="feature", mask_As=[ONES(2, 8).bool(), None]), r"mask_As\[0\] must be None where only a part"),
+    (wrong(granularity="element", partial={"columns": torch.arange(2)}), r"entries_A\[0\] must be None where columns"),
     (wrong(granularity="element", partial={"entries_B": [torch.arange(2)] * 2}), r"lora_Bs\[0\] must be \(2,\)"),
 ]
 

@@ -153,7 +153,9 @@ class TestCalls:
 class TestSurroundings:
     """What a call computes in changes between two calls: the second one computes anew."""
 
-    @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.autocast, use_backend], ids=str)
+    @pytest.mark.parametrize(
+        "context", [torch.no_grad, torch.inference_mode, torch.autocast, use_backend], ids=lambda c: c.__name__
+    )
     def test_a_context_entered_in_between(self, context):
         arguments = {torch.autocast: ("cpu", torch.bfloat16), use_backend: ("reference",)}.get(context, ())
         block, apart, x = Block(), Block(grouped=False), make_x()

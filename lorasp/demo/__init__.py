@@ -1,7 +1,7 @@
-"""`lorasp demo`: one base model, adapted to another domain five ways, on text every machine has.
+"""`lorasp demo`: one base model, adapted to another domain six ways, on text every machine has.
 
 A byte-level Llama-style decoder learns English prose (CPython's documentation topics) for a short while. From those
-weights full fine-tuning, PEFT LoRA, lorasp LoRA, lorasp LoRA-FA and LoRA with HiddenKey each learn Python source (the
+weights full fine-tuning, PEFT LoRA, lorasp LoRA, lorasp LoRA-FA, LoRA-SP and HiddenKey each learn Python source (the
 standard library) on the same batches; the LoRA methods start from the same A and B. The methods take turns, step by
 step, so that a busy moment of the machine hits all of them alike.
 """
@@ -179,7 +179,7 @@ class Method:
 
 
 def make_methods(base: nn.Module, size: Size) -> list[Method]:
-    """Five copies of the base; the LoRA methods start from one A and one B, written and read as PEFT's files."""
+    """Six copies of the base; the LoRA methods start from one A and one B, written and read as PEFT's files."""
     from peft import LoraConfig, get_peft_model
 
     full = copy.deepcopy(base).requires_grad_(True)
@@ -188,17 +188,20 @@ def make_methods(base: nn.Module, size: Size) -> list[Method]:
         # PEFT asks transformers for an attribute that transformers is renaming.
         warnings.simplefilter("ignore", FutureWarning)
         peft_model = get_peft_model(copy.deepcopy(base), LoraConfig(task_type="CAUSAL_LM", **settings))
-    lora, fa, hiddenkey = (copy.deepcopy(base) for _ in range(3))
+    lora, fa, sp, hiddenkey = (copy.deepcopy(base) for _ in range(4))
+    lorasp.inject(sp, lorasp.LoRAConfig(partial=lorasp.PartialConfig(), **settings))
     with tempfile.TemporaryDirectory() as folder:
         peft_model.save_pretrained(folder, save_embedding_layers=False)
         for model in (lora, fa, hiddenkey):
             lorasp.load_adapter(model, folder, freeze_A=model is fa)
+        lorasp.load_adapter(sp, folder)
     lorasp.apply_hiddenkey(hiddenkey, HIDDENKEY)
     return [
         Method("full fine-tuning", full, size.full_lr),
         Method("PEFT LoRA", peft_model, size.lora_lr),
         Method("lorasp LoRA", lora, size.lora_lr),
         Method("lorasp LoRA-FA", fa, size.lora_lr),
+        Method("lorasp LoRA-SP", sp, size.lora_lr),
         Method("lorasp HiddenKey", hiddenkey, size.lora_lr, hiddenkey=True),
     ]
 
@@ -274,7 +277,7 @@ def run(
         _drive(bar, "learning English prose", train_base(model, english, chosen, device, seed), chosen.base_steps)
         torch.manual_seed(seed)
         methods = make_methods(model, chosen)
-        _drive(bar, "five ways to learn Python", adapt(methods, python, chosen, steps, device, seed), steps)
+        _drive(bar, "six ways to learn Python", adapt(methods, python, chosen, steps, device, seed), steps)
     path = out / "lorasp-demo.png"
     report.plot(path, methods, info.device_name(device), dtype)
     report.print_end(methods, path, time.perf_counter() - start)

@@ -14,10 +14,11 @@ _LEGEND = (
     "loss: nats per byte on held-out text; the LoRA methods share one learning rate and start from one A and B. "
     "ms per step: median of forward, backward and optimizer, the methods taking turns. "
     "saved for backward: what autograd keeps from forward to backward, weights aside. "
+    "lorasp's layers that read one input run as one. "
     f"HiddenKey: LoRA that drops keys (p = {HIDDENKEY.attention_p:g}) and FFN outputs (p = {HIDDENKEY.hidden_p:g}) "
     "in the latter half of the layers and runs every batch twice, to keep the two predictions close."
 )
-_COLOURS = ("#5f6368", "#e07b39", "#1f77b4", "#2ca02c", "#9467bd")
+_COLOURS = ("#5f6368", "#e07b39", "#1f77b4", "#2ca02c", "#17a2b8", "#9467bd")
 
 
 def print_start(
@@ -27,7 +28,7 @@ def print_start(
     print(f"Model    Llama-style decoder over bytes, {count / 1e6:.1f} M parameters ({size}), {_name(dtype)}")
     print(f"Machine  {info.device_name(device)}")
     print(f"First    it learns {english.name}, {len(english.train) / 1e6:.1f} MB, from nothing: the base model")
-    print(f"Then     it learns {python.name}, {len(python.train) / 1e6:.1f} MB, five ways, each from the base model,")
+    print(f"Then     it learns {python.name}, {len(python.train) / 1e6:.1f} MB, six ways, each from the base model,")
     print(f"         on the same batches; LoRA has rank {RANK} and alpha {ALPHA} in every linear layer but the head")
     print(flush=True)
 
@@ -72,8 +73,8 @@ def print_end(methods: list[Method], path: Path, seconds: float) -> None:
 def headline(methods: list[Method]) -> str:
     """Two sentences, computed from what was measured."""
     by_name = {method.name: method for method in methods}
-    names = ("PEFT LoRA", "lorasp LoRA", "lorasp LoRA-FA", "lorasp HiddenKey")
-    peft, lora, fa, hiddenkey = (by_name[name] for name in names)
+    names = ("PEFT LoRA", "lorasp LoRA", "lorasp LoRA-FA", "lorasp LoRA-SP", "lorasp HiddenKey")
+    peft, lora, fa, sp, hiddenkey = (by_name[name] for name in names)
 
     def loss(method: Method) -> str:
         return f"{method.held_out[-1][1]:.3f}"
@@ -83,8 +84,9 @@ def headline(methods: list[Method]) -> str:
         f"kept {lora.saved / _MIB:.0f} MiB for backward instead of {peft.saved / _MIB:.0f}, "
         f"ending at loss {loss(lora)} against {loss(peft)}; "
         f"LoRA-FA took {fa.median_ms / peft.median_ms:.2f} times as long and kept {fa.saved / _MIB:.0f} MiB, "
-        f"ending at {loss(fa)}. A step of HiddenKey took {hiddenkey.median_ms / lora.median_ms:.2f} times as long as "
-        f"lorasp LoRA's, ending at {loss(hiddenkey)}."
+        f"ending at {loss(fa)}. LoRA-SP, half of A and B frozen, took {sp.median_ms / peft.median_ms:.2f} times as "
+        f"long and kept {sp.saved / _MIB:.0f} MiB, ending at {loss(sp)}. A step of HiddenKey took "
+        f"{hiddenkey.median_ms / lora.median_ms:.2f} times as long as lorasp LoRA's, ending at {loss(hiddenkey)}."
     )
 
 
@@ -98,7 +100,7 @@ def plot(path: Path, methods: list[Method], machine: str, dtype: torch.dtype) ->
     figure = pyplot.figure(figsize=(11, 5.2))
     grid = figure.add_gridspec(3, 2, width_ratios=(1.25, 1), hspace=0.75, wspace=0.42)
     curves = figure.add_subplot(grid[:, 0])
-    styles = ("-", "-", "--", "-", "-")
+    styles = ("-", "-", "--", "-", "-", "-")
     for method, colour, style in zip(methods, _COLOURS, styles, strict=True):
         steps, losses = zip(*method.held_out, strict=True)
         curves.plot(steps, losses, style, color=colour, label=method.name, marker="o", markersize=4, linewidth=2)

@@ -167,6 +167,8 @@ def _check_member(where, x, m, i, columns, inputs, low_rank) -> None:
         check("frozen_As", m.frozen_As, (-1, k), "(R, {1}) with R >= 1", low_rank)
         r = m.frozen_As.shape[0]
         if m.entries_A is not None:
+            if columns is not None:
+                raise ValueError(f"{where}: entries_A[{i}] must be None where columns are given")
             check("entries_A", m.entries_A, (-1,), "(n,)", (torch.int64,))
             check("lora_As", m.lora_As, (m.entries_A.shape[0],), "({0},), one per entry", low_rank)
         elif columns is not None:
