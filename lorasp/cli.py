@@ -101,7 +101,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 _DEMO = """Trains a byte-level Llama-style model on English prose, then adapts it to Python source from the same weights
-with full fine-tuning, PEFT LoRA, lorasp LoRA, LoRA-FA, LoRA-SP and HiddenKey. No network. Prints one table and one PNG."""
+with full fine-tuning, PEFT LoRA, lorasp LoRA, LoRA-FA, LoRA-SP and HiddenKey. No network. One table, one PNG."""
 
 _BENCH = """Times one adapted layer, forward and forward+backward, against the frozen nn.Linear of the same run.
 Correctness is asserted first; rounds are interleaved; medians and quartiles are reported.
