@@ -107,7 +107,7 @@ def attention_config(target: Target, dtype: torch.dtype, head_dim: int, kernel: 
     if kernel == "delta":
         return AttentionConfig(32, 32, num_warps=4, num_stages=1)
     if logits == "ragged":
-        sides = (32, 32) if dtype.itemsize == 2 or head_dim <= 64 else (16, 32) if head_dim <= 128 else (16, 16)
+        sides = (32, 32) if dtype.itemsize == 2 or head_dim <= 64 else (16, 16)
         return AttentionConfig(*sides, num_warps=4 if dtype.itemsize == 2 and head_dim <= 64 else 8, num_stages=1)
     if dtype.itemsize == 4:
         family = _FP32
