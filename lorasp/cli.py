@@ -60,7 +60,15 @@ def parser() -> argparse.ArgumentParser:
         "bench", help="time one adapted layer against the frozen nn.Linear", description=_BENCH,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    bench.add_argument("--op", choices=("lora_linear",), default="lora_linear")
+    bench.add_argument(
+        "--op", choices=("lora_linear", "dropkey_attention", "hidden_cut", "consistency"), default="lora_linear"
+    )
+    bench.add_argument(
+        "--sizes", nargs="+", type=_sizes, metavar="N,N,...",
+        help="of the other operators: attention B,H,S,D; hidden_cut B,S,F; consistency M,V",
+    )  # fmt: skip
+    bench.add_argument("--rates", nargs="+", type=float, metavar="P", help="drop rates of attention")
+    bench.add_argument("--causal", action="store_true", help="attention: causal to causal")
     bench.add_argument("--shapes", nargs="+", metavar="SET", help=f"named sets: {', '.join(_shape_sets())}")
     bench.add_argument("--mknr", nargs="+", type=_mknr, metavar="M,K,N,R", help="shapes of your own")
     bench.add_argument(
@@ -103,7 +111,8 @@ def parser() -> argparse.ArgumentParser:
 _DEMO = """Trains a byte-level Llama-style model on English prose, then adapts it to Python source from the same weights
 with full fine-tuning, PEFT LoRA, lorasp LoRA, LoRA-FA, LoRA-SP and HiddenKey. No network. One table, one PNG."""
 
-_BENCH = """Times one adapted layer, forward and forward+backward, against the frozen nn.Linear of the same run.
+_BENCH = """Times one adapted layer, forward and forward+backward, against the frozen nn.Linear of the same run; or with
+--op dropkey_attention, hidden_cut, consistency against PyTorch's own.
 Correctness is asserted first; rounds are interleaved; medians and quartiles are reported.
 
 providers:
@@ -195,9 +204,9 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from lorasp.bench import command
+    from lorasp.bench import command, hiddenkey_report
 
-    return command.run(options)
+    return (command if options.op == "lora_linear" else hiddenkey_report).run(options)
 
 
 def _check(options: argparse.Namespace) -> int:

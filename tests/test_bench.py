@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lorasp import bench, cli, console
 from lorasp.bench import MODES, Provider, Shape, command, report, timing, workloads
+from lorasp.ops import dropkey_attention as attention_ops
 from lorasp.ops import lora_linear, registry
 
 SHAPE = Shape(24, 40, 56, 4)
@@ -281,3 +282,45 @@ def test_the_plot_takes_results_with_missing_providers(tmp_path):
     results[0].measurements = [dataclasses.replace(m, ratio_q3=m.ratio) for m in results[0].measurements]
     report.plot(tmp_path / "plot.png", results, "a machine", "float32")
     assert (tmp_path / "plot.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("op", "sizes", "base"),
+    [
+        ("dropkey_attention", "1,2,48,16", "SDPA, no drop"),
+        ("hidden_cut", "2,8,16", "nn.Dropout + residual"),
+        ("consistency", "6,40", "PyTorch formula"),
+    ],
+)
+def test_hiddenkeys_operators_are_checked_and_timed(op, sizes, base, tmp_path, capsys):
+    arguments = ["bench", "--op", op, "--sizes", sizes, "--rates", "0", "0.3", "--rounds", "1", "--dtype", "fp32"]
+    assert cli.main([*arguments, "--out", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert base in shown
+    (table,) = tmp_path.glob("*.csv")
+    rows = list(csv.DictReader(table.open()))
+    assert {row["op"] for row in rows} == {op}
+    assert all(float(row["ms"]) > 0 and float(row["ratio"]) > 0 for row in rows)
+    assert [path.suffix for path in tmp_path.glob("*.png")] == [".png"] * (op == "dropkey_attention")
+
+
+def test_a_wrong_attention_is_never_timed(tmp_path, capsys, monkeypatch):
+    right = attention_ops.forward_ops["reference"]
+    monkeypatch.setitem(attention_ops.forward_ops, "cpp", lambda *a: (right(*a)[0] * 1.01, right(*a)[1]))
+    monkeypatch.setitem(attention_ops.backward_ops, "cpp", attention_ops.backward_ops["reference"])
+    monkeypatch.setattr(registry, "_cpp_missing", None)
+    arguments = ["bench", "--op", "dropkey_attention", "--sizes", "1,2,48,16", "--rounds", "1", "--dtype", "fp32"]
+    assert cli.main([*arguments, "--out", str(tmp_path)]) == 1
+    assert "wrong result, nothing is timed: dropkey_attention o [" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sizes", "1,2,3"], "--sizes of dropkey_attention must be B,H,S,D, got 1,2,3"),
+        (["--rates", "1.0"], "--rates must be in"),
+    ],
+)
+def test_sizes_and_rates_that_do_not_fit(arguments, message, capsys):
+    assert cli.main(["bench", "--op", "dropkey_attention", *arguments]) == 2
+    assert message in capsys.readouterr().err

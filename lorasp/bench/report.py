@@ -78,12 +78,14 @@ def _row(m: Measurement, environment: dict[str, str]) -> dict[str, object]:
     return {**head, "floor_flops": f"{bench.floor(m.shape, m.provider, m.mode):.4f}", **environment}
 
 
-def stem(sets: Sequence[str], device: str, dtype: str, dropout_p: float, members: int = 1) -> str:
-    """File name without suffix: shape sets, device, dtype, dropout, layers per x and today's date."""
+def stem(
+    sets: Sequence[str], device: str, dtype: str, dropout_p: float, members: int = 1, op: str = "lora_linear"
+) -> str:
+    """File name without suffix: operator, shape sets, device, dtype, dropout, layers per x and today's date."""
     words = "".join(c if c.isalnum() else " " for c in device.replace("(R)", "").replace("(TM)", "")).split()
     drop = f"-dropout{dropout_p:g}" if dropout_p else ""
     drop += f"-members{members}" if members > 1 else ""
-    return f"lora_linear-{'-'.join([*sets, *words])}-{dtype}{drop}-{datetime.date.today():%Y%m%d}".lower()
+    return f"{op}-{'-'.join([*sets, *words])}-{dtype}{drop}-{datetime.date.today():%Y%m%d}".lower()
 
 
 _COLOURS = {

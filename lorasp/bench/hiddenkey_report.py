@@ -1,0 +1,123 @@
+"""What `lorasp bench` shows of HiddenKey's operators: a table per shape, one csv, and time against drop rate."""
+
+import argparse
+import csv
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from lorasp import bench, console, info
+from lorasp.bench import hiddenkey, report
+from lorasp.bench.hiddenkey import Contest
+from lorasp.console import UsageError
+
+_MIB = 2**20
+_STYLES = {
+    "lorasp column": ("#1f77b4", "-", "o"),
+    "lorasp element": ("#17a2b8", "-", "s"),
+    "SDPA, mask": ("#5f6368", "--", "^"),
+    "logits, masked_fill, softmax": ("#e07b39", "--", "v"),
+}
+
+
+def run(options: argparse.Namespace) -> int:
+    """Exit code 0; 1 if a kernel computes something wrong. Raises UsageError for options that do not fit."""
+    names = hiddenkey.SIZES[options.op][0]
+    for sizes in options.sizes or ():
+        if len(sizes) != len(names.split(",")):
+            raise UsageError(f"--sizes of {options.op} must be {names}, got {','.join(map(str, sizes))}")
+    rates = tuple(options.rates or hiddenkey.RATES)
+    if not all(0.0 <= rate < 1.0 for rate in rates):
+        raise UsageError(f"--rates must be in [0, 1), got {list(rates)}")
+    device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    console.make_folder(options.out)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    machine, versions = info.device_name(device), info.versions()
+    rules = bench.pin_malloc() if device.type == "cpu" else "L2 overwritten before every call"
+    print(machine)
+    print(f"torch {versions['torch']}, lorasp {versions['lorasp']} {versions['commit']}".rstrip())
+    contests = []
+    try:
+        for contest in hiddenkey.run(
+            options.op, options.sizes, dtype=options.dtype, device=device, rates=rates, causal=options.causal,
+            rounds=options.rounds, seconds=options.seconds,
+        ):  # fmt: skip
+            print_contest(contest)
+            contests.append(contest)
+    except AssertionError as error:
+        print(f"lorasp bench: wrong result, nothing is timed: {error}", file=sys.stderr)
+        return 1
+    kind = ["causal"] * options.causal
+    dtype = str(options.dtype).removeprefix("torch.")
+    path = options.out / f"{report.stem(kind, machine, dtype, 0.0, op=options.op)}.csv"
+    write_csv(path, contests, {"device": machine, **versions, "rules": rules})
+    print(f"wrote {path}")
+    if options.op == "dropkey_attention":
+        try:
+            plot(path.with_suffix(".png"), contests, machine, versions)
+            print(f"wrote {path.with_suffix('.png')}")
+        except ImportError as error:
+            print(f'no plot: {error}: pip install "lorasp[bench]"')
+    return 0
+
+
+def print_contest(contest: Contest) -> None:
+    rows = [
+        [
+            row.name, "" if row.rate is None else f"{row.rate:g}", f"{row.ms:.3g}",
+            f"{row.ratio:.3f} ({row.ratio_q1:.3f}–{row.ratio_q3:.3f})", f"{row.saved_bytes / _MIB:.1f}",
+        ]
+        for row in contest.rows
+    ]  # fmt: skip
+    console.print_table(contest.title, ["", "rate", "fwd+bwd ms", "ratio (q1–q3)", "saved MiB"], rows)
+
+
+def write_csv(path: Path, contests: Sequence[Contest], environment: dict[str, str]) -> None:
+    rows = []
+    for contest in contests:
+        for row in contest.rows:
+            values = {key: f"{value:.5g}" if isinstance(value, float) else value for key, value in asdict(row).items()}
+            rows.append(values | {"sizes": "x".join(map(str, row.sizes))} | environment)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def plot(path: Path, contests: Sequence[Contest], machine: str, versions: dict[str, str]) -> None:
+    """Ratio to SDPA without drop against the drop rate, a panel per shape. Raises ImportError without matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(contests), figsize=(5.4 * len(contests), 4.6), squeeze=False)
+    for axis, contest in zip(axes[0], contests, strict=True):
+        for name, (colour, line, marker) in _STYLES.items():
+            rows = [row for row in contest.rows if row.name == name]
+            column = [row for row in contest.rows if row.name == "lorasp column" and not row.rate]
+            rows = column * (name == "lorasp element") + rows
+            if rows:
+                spread = [[r.ratio - r.ratio_q1 for r in rows], [r.ratio_q3 - r.ratio for r in rows]]
+                axis.errorbar(
+                    [r.rate for r in rows], [r.ratio for r in rows], yerr=spread, color=colour, linestyle=line,
+                    marker=marker, markersize=4, label=name, linewidth=1.6, elinewidth=0.8,
+                )  # fmt: skip
+        axis.axhline(1.0, color="#202124", linewidth=1)
+        axis.set_yscale("log", base=2)
+        axis.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        axis.set_xlabel("drop rate p")
+        axis.set_title(contest.title.removeprefix("dropkey_attention "), fontsize=9)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("forward + backward ÷ SDPA without drop")
+    axes[0][0].legend(frameon=False, fontsize=8)
+    subtitle = f"torch {versions['torch']}, lorasp {versions['lorasp']} {versions['commit']}".rstrip()
+    figure.suptitle(f"dropkey_attention on {machine}\n{subtitle}", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
