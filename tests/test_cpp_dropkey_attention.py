@@ -57,6 +57,17 @@ def test_lengths(isa, dtype, is_causal, Sq, Sk):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("Sq", "Sk", "D", "Dv"), [(1, 300, 64, 64), (3, 70, 20, 70), (4, 600, 33, 130)])
+def test_few_queries_read_keys_and_values_in_place(isa, scratch, dtype, Sq, Sk, D, Dv):
+    for pattern, p, is_causal, mask in (
+        ("column", 0.0, False, "none"), ("column", 0.2, False, "bool"), ("span", 0.2, False, "padding"),
+        ("element", 0.2, False, "bias"), ("column", 0.1, False, "min"), ("column", 0.1, True, "none"),
+    ):  # fmt: skip
+        results = check_case(Case(2, 4, 2, Sq, Sk, D, Dv, dtype, pattern, p, is_causal, mask), "cpp")
+        assert all(result.ok for result in results if result.tensor == "o"), results
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_patterns_and_masks(isa, dtype, pattern, mask):

@@ -217,6 +217,10 @@ struct Call {
     const bool biased = key_mask.kind != ScoreMask::kNone;
     float* bias = biased ? frame.take<float>(p.Sk + kPadding) : nullptr;
     const int64_t offset = b * key_mask.batch + h * key_mask.head;
+    if (!words && !span && !biased) {
+      for (int64_t j = 0; j < p.Sk; ++j) index[j] = static_cast<int32_t>(j);
+      return {index, p.Sk, nullptr};
+    }
     int64_t count = 0;
     bool adds = false;
     for (int64_t j = 0; j < p.Sk; ++j) {

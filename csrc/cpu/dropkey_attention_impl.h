@@ -105,6 +105,32 @@ void pack_keys(const Head<E>& head, const HeadRows& t, int64_t cols, int64_t pad
   }
 }
 
+#if defined(LORASP_AVX512)
+
+inline vf load_hiding(const float* p, __mmask16 valid) { return _mm512_maskz_loadu_ps(valid, p); }
+inline vf load_hiding(const bf16* p, __mmask16 valid) { return widen(_mm256_maskz_loadu_epi16(valid, p)); }
+inline vf load_hiding(const f16* p, __mmask16 valid) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(valid, p)); }
+inline vf load_hiding(const uint8_t* p, __mmask16 valid) {
+  const __mmask16 open = _mm_test_epi8_mask(_mm_maskz_loadu_epi8(valid, p), _mm_set1_epi8(-1));
+  return _mm512_mask_mov_ps(vset(-kInfinity), open, vzero());
+}
+
+// out[j] = row[index[j]] for keys of a list given as bits of row[0] ...; values up to `hidden` become -inf.
+// Writes up to 15 floats too many.
+template <class M>
+inline void compress_row(const M* row, const uint32_t* kept, int64_t range, float hidden, float* out) {
+  for (int64_t j = 0; j < range; j += 16) {
+    const auto bits = static_cast<__mmask16>(kept[j / 32] >> (j % 32));
+    const auto valid = static_cast<__mmask16>(range - j >= 16 ? 0xFFFF : (1 << (range - j)) - 1);
+    vf value = load_hiding(row + j, valid);
+    value = _mm512_mask_mov_ps(value, _mm512_cmp_ps_mask(value, vset(hidden), _CMP_LE_OQ), vset(-kInfinity));
+    _mm512_storeu_ps(out, _mm512_maskz_compress_ps(bits, value));
+    out += __builtin_popcount(bits);
+  }
+}
+
+#endif
+
 // What is added to the logits of queries q0 ... q0 + rows - 1 and keys k0 ... k0 + count - 1; rows
 // kBackwardKeys or more apart (`ld`). False where no logit of the block is visible.
 template <class E>
@@ -115,6 +141,15 @@ bool bias_tile(const Head<E>& head, int64_t q0, int64_t rows, int64_t k0, int64_
   const int64_t valid = smaller(count, head.keys.count - k0);
   const bool run = index[valid - 1] - index[0] == valid - 1;
   const ScoreMask& mask = p.mask;
+  const int64_t range = index[valid - 1] - index[0] + 1;
+#if defined(LORASP_AVX512)
+  const bool compresses = !run && mask.key == 1;
+  uint32_t* kept = words + p.Sk / 32 + 2;
+  if (compresses) {
+    std::memset(kept, 0, static_cast<size_t>(range / 32 + 1) * sizeof(uint32_t));
+    for (int64_t j = 0; j < valid; ++j) kept[(index[j] - index[0]) / 32] |= 1u << ((index[j] - index[0]) % 32);
+  }
+#endif
   bool any = false;
   for (int64_t r = 0; r < rows; ++r, tile += ld) {
     const int64_t i = q0 + r;
@@ -122,6 +157,9 @@ bool bias_tile(const Head<E>& head, int64_t q0, int64_t rows, int64_t k0, int64_
     float best = -kInfinity;
     const auto additive = [&](auto* data) {
       const auto* row = data + offset;
+#if defined(LORASP_AVX512)
+      if (compresses) return compress_row(row + index[0], kept, range, mask.hidden, tile);
+#endif
       const bool straight = run && mask.key == 1;
       if (straight) row += index[0];
       for (int64_t j = 0; j < valid; ++j) {
@@ -135,6 +173,12 @@ bool bias_tile(const Head<E>& head, int64_t q0, int64_t rows, int64_t k0, int64_
         break;
       case ScoreMask::kBool: {
         const auto* row = static_cast<const uint8_t*>(mask.data) + offset;
+#if defined(LORASP_AVX512)
+        if (compresses) {
+          compress_row(row + index[0], kept, range, -kInfinity, tile);
+          break;
+        }
+#endif
         if (run && mask.key == 1) {
           row += index[0];
           for (int64_t j = 0; j < valid; ++j) tile[j] = row[j] ? 0.0f : -kInfinity;
@@ -156,7 +200,7 @@ bool bias_tile(const Head<E>& head, int64_t q0, int64_t rows, int64_t k0, int64_
     for (int64_t j = valid; j < count; ++j) tile[j] = -kInfinity;
     if (p.elements) {
       const int64_t row = ((head.b * p.H + head.h) * p.Sq + i) * p.Sk;
-      p.keep_bits(*p.elements, row + index[0], index[valid - 1] - index[0] + 1, words);
+      p.keep_bits(*p.elements, row + index[0], range, words);
       if (run) {
         for (int64_t j = 0; j < count; j += kWidth) vstore(tile + j, vhide(vload(tile + j), words[j / 32] >> (j % 32)));
       } else {
@@ -251,18 +295,127 @@ struct ForwardScratch {
     probabilities = c.take<T>(kForwardQueries * kForwardKeys);
     s = c.take<float>(kForwardQueries * kForwardKeys);
     o = c.take<float>(kForwardQueries * head.dv);
-    tile = c.take<float>(head.has_tiles() ? kForwardQueries * kForwardKeys : 0);
-    words = c.take<uint32_t>(head.p.elements ? head.p.Sk / 32 + kForwardKeys / 32 + 2 : 0);
+    tile = c.take<float>(head.has_tiles() ? kForwardQueries * kForwardKeys + 16 : 0);
+    words = c.take<uint32_t>(head.has_tiles() ? 2 * (head.p.Sk / 32 + 2) + kForwardKeys / 32 : 0);
     maximum = c.take<float>(kForwardQueries);
     sum = c.take<float>(kForwardQueries);
     limit = c.take<int64_t>(kForwardQueries);
   }
 };
 
+// Few queries: keys and values are read once, where they lie.
+constexpr int64_t kFewQueries = 4;
+
+template <class E>
+struct FewScratch {
+  float *q, *s, *o, *piece, *tile;
+  uint32_t* words;
+
+  FewScratch(Carver& c, const Head<E>& head) {
+    q = c.take<float>(head.d);
+    s = c.take<float>(head.n + kForwardKeys);
+    o = c.take<float>(head.dv);
+    piece = c.take<float>(head.dv);
+    tile = c.take<float>(head.has_tiles() ? kForwardKeys + 16 : 0);
+    words = c.take<uint32_t>(head.has_tiles() ? 2 * (head.p.Sk / 32 + 2) + kForwardKeys / 32 : 0);
+  }
+};
+
+// sum (count) += weights[j] * row index[j] of v, for `keys` keys.
+template <class S>
+inline void add_weighted(const S* v, int64_t stride, const int32_t* index, const float* weights, int64_t keys,
+                         int64_t count, float* sum) {
+  int64_t c = 0;
+  for (; c + 4 * kWidth <= count; c += 4 * kWidth) {
+    vf acc[4];
+    for (int i = 0; i < 4; ++i) acc[i] = vload(sum + c + i * kWidth);
+    for (int64_t j = 0; j < keys; ++j) {
+      const S* row = v + index[j] * stride + c;
+      const vf weight = vset(weights[j]);
+      for (int i = 0; i < 4; ++i) acc[i] = vfma(weight, vload(row + i * kWidth), acc[i]);
+    }
+    for (int i = 0; i < 4; ++i) vstore(sum + c + i * kWidth, acc[i]);
+  }
+  for (; c < count; ++c)
+    for (int64_t j = 0; j < keys; ++j) sum[c] += weights[j] * scalar(v[index[j] * stride + c]);
+}
+
+template <class E>
+void forward_few(const Head<E>& head, void* memory) {
+  using S = typename E::Source;
+  const Attention& p = head.p;
+  const int32_t* index = head.keys.index;
+  Carver carver(memory);
+  const FewScratch<E> w(carver, head);
+  const S* k = head.rows(p.k, head.key_head);
+  const S* v = head.rows(p.v, head.key_head);
+  constexpr int64_t kPiece = 128;  // keys summed before they join o: the rounding of a library product
+  for (int64_t i = 0; i < p.Sq; ++i) {
+    const S* q = head.rows(p.q, head.h) + i * p.q.row;
+    S* o = const_cast<S*>(head.rows(p.o, head.h)) + i * p.o.row;
+    for (int64_t c = 0; c < p.D; ++c) w.q[c] = scalar(q[c]);
+    const int64_t end = head.limit(i);
+    float top = -kInfinity;
+    for (int64_t k0 = 0; k0 < end; k0 += kForwardKeys) {
+      const int64_t count = smaller(kForwardKeys, round_up(end - k0, kRows)), valid = smaller(count, end - k0);
+      const bool tiled = head.has_tiles();
+      if (tiled && !bias_tile<E>(head, i, 1, k0, count, w.words, w.tile, kForwardKeys)) {
+        for (int64_t j = 0; j < count; ++j) w.s[k0 + j] = -kInfinity;
+        continue;
+      }
+      for (int64_t j = 0; j < valid; ++j) {
+        const S* row = k + index[k0 + j] * p.k.row;
+        vf even = vzero(), odd = vzero();
+        int64_t c = 0;
+        for (; c + 2 * kWidth <= p.D; c += 2 * kWidth) {
+          even = vfma(vload(row + c), vload(w.q + c), even);
+          odd = vfma(vload(row + c + kWidth), vload(w.q + c + kWidth), odd);
+        }
+        float dot = vsum(vadd(even, odd));
+        for (; c < p.D; ++c) dot += scalar(row[c]) * w.q[c];
+        float z = dot * p.scale;
+        if (tiled) {
+          z += w.tile[j];
+        } else if (head.keys.bias) {
+          z += head.keys.bias[k0 + j];
+        }
+        w.s[k0 + j] = z;
+        top = z > top || z != z ? z : top;
+      }
+      for (int64_t j = valid; j < count; ++j) w.s[k0 + j] = -kInfinity;
+    }
+    const Exponent exponent(kLog2e);
+    const double base = top == -kInfinity ? 0.0 : -kLog2e * top;
+    const vf high = vset(static_cast<float>(base)), low = vset(static_cast<float>(base - static_cast<float>(base)));
+    vf sums = vzero();
+    for (int64_t j = 0; j < end; j += kWidth) {
+      const vf weights = exponent.power<E>(vload(w.s + j), high, low);
+      vstore(w.s + j, weights);
+      sums = vadd(sums, weights);
+    }
+    const float sum = vsum(sums);
+    float* lse = p.lse + (head.b * p.H + head.h) * p.Sq + i;
+    *lse = sum == 0.0f ? -kInfinity : static_cast<float>(top + __builtin_log(sum));
+    std::memset(w.o, 0, static_cast<size_t>(head.dv) * sizeof(float));
+    for (int64_t j = 0; j < end; j += kPiece) {
+      std::memset(w.piece, 0, static_cast<size_t>(head.dv) * sizeof(float));
+      add_weighted(v, p.v.row, index + j, w.s + j, smaller(kPiece, end - j), p.Dv, w.piece);
+      for (int64_t c = 0; c < head.dv; c += kWidth) vstore(w.o + c, vadd(vload(w.o + c), vload(w.piece + c)));
+    }
+    const vf factor = vset(sum == 0.0f ? 0.0f : 1.0f / sum);
+    for (int64_t c = 0; c < head.dv; c += kWidth) vstore(w.o + c, vmul(vload(w.o + c), factor));
+    E::round_row(w.o, p.Dv, o);
+  }
+}
+
 template <class E>
 size_t forward_bytes(const Attention& p, int64_t keys) {
   Carver carver(nullptr);
   const KeyList list{nullptr, keys, nullptr};
+  if (p.Sq <= kFewQueries) {
+    FewScratch<E> scratch(carver, Head<E>(p, list, 0, 0));
+    return carver.bytes();
+  }
   ForwardScratch<E> scratch(carver, Head<E>(p, list, 0, 0));
   return carver.bytes();
 }
@@ -309,6 +462,7 @@ inline void softmax_row(const ForwardScratch<E>& w, int64_t r, int64_t rows, int
 template <class E>
 void forward(const Attention& p, const KeyList& keys, const Share& share, void* memory) {
   const Head<E> head(p, keys, share.b, share.h);
+  if (p.Sq <= kFewQueries) return forward_few<E>(head, memory);
   Carver carver(memory);
   const ForwardScratch<E> w(carver, head);
   E::enter();
@@ -386,8 +540,8 @@ struct BackwardScratch {
     dq = c.take<float>(Q * head.d);
     dk = c.take<float>(head.n * head.d);
     dv = c.take<float>(head.n * head.dv);
-    tile = c.take<float>(head.has_tiles() ? kRows * K : 0);
-    words = c.take<uint32_t>(head.p.elements ? head.p.Sk / 32 + K / 32 + 2 : 0);
+    tile = c.take<float>(head.has_tiles() ? kRows * K + 16 : 0);
+    words = c.take<uint32_t>(head.has_tiles() ? 2 * (head.p.Sk / 32 + 2) + K / 32 : 0);
     base = c.take<float>(Q);
     base_low = c.take<float>(Q);
     delta = c.take<float>(Q);
