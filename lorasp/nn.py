@@ -245,8 +245,10 @@ class LoRALinear(nn.Module):
         if torch.compiler.is_compiling() or o.packed is not None or o.weight.requires_grad or bias_trains:
             return linear_group(x, [o], [member], seed, keep_input)[0]
         found = isinstance(x, Tensor) and (
-            x.dtype, x.device, x.shape[-1:], surroundings(x), keep_input, member, o.scale, o.dropout_p, o.weight.dtype,
-            o.weight.device, o.lora_A.dtype, o.lora_B.dtype, self.active_adapter,
+            x.dtype, x.device, x.shape[-1:], surroundings(x), keep_input, member, o.scale, o.dropout_p,
+            self.active_adapter, o.weight.dtype, o.weight.device, o.weight.shape, o.lora_A.dtype, o.lora_A.device, o.lora_A.shape,
+            o.lora_B.dtype, o.lora_B.device, o.lora_B.shape,
+            None if o.bias is None else (o.bias.dtype, o.bias.device, o.bias.shape),
         )  # fmt: skip
         checked, how = self._checked
         if found != checked or o.mask_A is not None or o.mask_B is not None:

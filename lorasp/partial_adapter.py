@@ -160,17 +160,18 @@ class PackedAdapter(PartialAdapter):
     def dense_A(self) -> Tensor:
         if self.freeze_A:
             return self.lora_A
+        # The packed Parameters alone may have been cast: `p.data = p.data.float()` over what trains.
+        frozen_A = self.frozen_A.to(self.lora_A_packed.dtype)
         if self.partial.granularity == "feature":
-            return self.frozen_A.index_copy(1, self.columns, self.lora_A_packed)
-        return self.frozen_A.flatten().index_copy(0, self.entries_A, self.lora_A_packed).view_as(self.frozen_A)
+            return frozen_A.index_copy(1, self.columns, self.lora_A_packed)
+        return frozen_A.flatten().index_copy(0, self.entries_A, self.lora_A_packed).view_as(frozen_A)
 
     def dense_B(self) -> Tensor:
-        frozen_B = self.frozen_B
-        if frozen_B is None:
-            frozen_B = self.lora_B_packed.new_zeros((self.out_features, self.r))
+        packed, shape = self.lora_B_packed, (self.out_features, self.r)
+        frozen_B = packed.new_zeros(shape) if self.frozen_B is None else self.frozen_B.to(packed.dtype)
         if self.partial.granularity == "feature":
-            return frozen_B.index_copy(0, self.rows, self.lora_B_packed)
-        return frozen_B.flatten().index_copy(0, self.entries_B, self.lora_B_packed).view_as(frozen_B)
+            return frozen_B.index_copy(0, self.rows, packed)
+        return frozen_B.flatten().index_copy(0, self.entries_B, packed).view_as(frozen_B)
 
     def parts(self) -> dict[str, Tensor]:
         names = ("columns", "rows") if self.partial.granularity == "feature" else ("entries_A", "entries_B")

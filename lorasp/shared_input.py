@@ -223,7 +223,7 @@ class SharedInput:
         one = operands[0]
         found = [
             order, x.shape[-1], x.dtype, x.device, round.surroundings, keep_input, one.dropout_p, one.weight.dtype,
-            one.weight.device, one.lora_A.dtype, one.lora_B.dtype,
+            one.weight.device, one.lora_A.dtype, one.lora_A.device, one.lora_B.dtype, one.lora_B.device,
         ]  # fmt: skip
         for o in operands:
             if o[7:] != _WHOLE or o.packed is not None:
@@ -261,11 +261,11 @@ class SharedInput:
         """Whether both select the same features; compared once, since it waits for the device."""
         if mine is None or its is None or mine.shape != its.shape:
             return False
-        found = (weakref.ref(mine), mine._version, weakref.ref(its), its._version)
-        known, same = self._columns.get((index, other), (None, False))
-        if known != found:
+        versions = mine._version, its._version
+        one, two, known, same = self._columns.get((index, other), (_nothing, _nothing, None, False))
+        if one() is not mine or two() is not its or known != versions:
             same = torch.equal(mine, its)
-            self._columns[index, other] = found, same
+            self._columns[index, other] = weakref.ref(mine), weakref.ref(its), versions, same
         return same
 
     def _next_round(self, round: _Round) -> _Round:

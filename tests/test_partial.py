@@ -416,16 +416,53 @@ class TestModule:
         assert {x.grad.dtype, *(parameter.grad.dtype for parameter in trained(layer))} == {torch.float32}
 
     @pytest.mark.parametrize("use_reentrant", [False, True])
-    def test_activation_checkpointing_redraws_the_same_mask(self, use_reentrant):
-        layer, x = layer_with_values(lora_dropout=0.5), torch.randn(16, K, requires_grad=True)
+    @pytest.mark.parametrize("granularity", GRANULARITIES)
+    def test_activation_checkpointing_redraws_the_same_mask(self, granularity, use_reentrant):
+        """After eval mode the arguments are checked again in the forward, but not in its recompute."""
+        layer, x = layer_with_values(granularity, lora_dropout=0.5), torch.randn(16, K, requires_grad=True)
         gradients = []
         for function in (layer, lambda x: checkpoint(layer, x, use_reentrant=use_reentrant)):
+            layer.eval()(x)
+            layer.train()
             torch.manual_seed(3)
             function(x).square().sum().backward()
             gradients.append([leaf.grad for leaf in (x, *trained(layer))])
             x.grad = None
             layer.zero_grad()
         assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (
+                lambda layer: setattr(layer, "weight", nn.Parameter(torch.zeros(N, K - 1), False)),
+                r"weights\[0\] must be",
+            ),
+            (lambda layer: setattr(layer, "bias", nn.Parameter(torch.zeros(1), False)), r"biases\[0\] must be"),
+            (lambda layer: setattr(trained(layer)[1], "data", torch.zeros(1, R)), r"lora_Bs\[0\] must be"),
+            (lambda layer: layer.adapters.to("meta"), "must be on cpu like x, got meta"),
+        ],
+    )
+    def test_what_changes_after_a_call_is_checked_again(self, change, message):
+        layer, x = layer_with_values(), torch.randn(2, K)
+        for _ in range(2):
+            layer(x)
+        change(layer)
+        with pytest.raises(ValueError, match=message):
+            layer(x)
+
+    @pytest.mark.parametrize("freeze_A", [False, True])
+    @pytest.mark.parametrize("granularity", GRANULARITIES)
+    def test_what_trains_may_be_cast_alone(self, granularity, freeze_A):
+        layer = layer_with_values(granularity, freeze_A=freeze_A, dtype=torch.bfloat16)
+        x, before = torch.randn(2, K, dtype=torch.bfloat16), (layer.lora_A.float(), layer.lora_B.float())
+        y = layer(x)
+        for parameter in trained(layer):
+            parameter.data = parameter.data.float()
+        assert torch.equal(layer(x), y)
+        assert all(torch.equal(new, old) for new, old in zip((layer.lora_A, layer.lora_B), before, strict=True))
+        layer.set_lora(*before)
+        assert torch.equal(layer(x), y)
 
     def test_prepacked_weights_serve_it(self):
         if lorasp.available_backends()["cpp"] is not None:

@@ -556,6 +556,15 @@ class TestPartial:
         block(make_x())
         assert calls == [[0], [0], [0]]
 
+    def test_another_selection_while_a_graph_holds_the_last_one(self, calls):
+        block = self.grouped()
+        first = block(make_x())
+        for layer in block.layers:
+            layer.select(torch.arange(K).expand(layer.lora_A.shape), torch.ones_like(layer.lora_B))
+        block(make_x(seed=2))
+        assert first
+        assert calls == [[0, 1, 2], [0, 1, 2]]
+
     def test_features_stay_shared_when_moved(self, calls):
         block = self.grouped().to(torch.float64)
         block(make_x().double())

@@ -228,7 +228,11 @@ _backward_once = once_differentiable(_backward)
 
 
 class LoRALinearPartFunction(torch.autograd.Function):
-    """LoRALinearGroupFunction for one member without packed weight or trainable weight: less Python time per call."""
+    """LoRALinearGroupFunction for one member without packed weight or trainable weight: less Python time per call.
+
+    It saves the same tensors in the same order: a layer may use one in forward and the other in its recompute
+    (activation checkpointing), which must not show.
+    """
 
     @staticmethod
     def forward(
@@ -245,8 +249,8 @@ class LoRALinearPartFunction(torch.autograd.Function):
         if need_x or need_A or need_B:
             ctx.save_for_backward(
                 x if save_x else None, x_columns if keep_columns else None, seed if need_x or need_A else None, columns,
-                weight if need_x else None, lora_A, lora_B, frozen_A, frozen_B, rows, entries_A, entries_B,
-                xa if need_B else None,
+                xa if need_B else None, weight if need_x else None, lora_A, lora_B, frozen_A, frozen_B, rows, entries_A,
+                entries_B,
             )  # fmt: skip
         ctx.constants = how, x.shape, x.dtype
         return y if x.ndim == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
@@ -258,7 +262,7 @@ class LoRALinearPartFunction(torch.autograd.Function):
 
 def _part_backward(ctx, dy):
     (scales, dropout_p, members, _, dtype, backend, plan), x_shape, x_dtype = ctx.constants
-    x, x_columns, seed, columns, weight, lora_A, lora_B, frozen_A, frozen_B, rows, entries_A, entries_B, xa = (
+    x, x_columns, seed, columns, xa, weight, lora_A, lora_B, frozen_A, frozen_B, rows, entries_A, entries_B = (
         ctx.saved_tensors
     )
     need_x, _, _, _, _, _, need_A, need_B, *_ = ctx.needs_input_grad
