@@ -18,7 +18,7 @@ from lorasp.integrations.hiddenkey import HiddenKeyResult, hiddenkey_step
 from lorasp.integrations.transformers import HiddenKeyReport, apply_hiddenkey, remove_hiddenkey
 from lorasp.nn import LoRALinear
 from lorasp.ops.registry import available_backends, use_backend
-from lorasp.optim import PartialAdamW
+from lorasp.optim import LoRAFAAdamW, PartialAdamW
 from lorasp.partial import resample
 from lorasp.shared_input import SharedInput
 
@@ -30,6 +30,7 @@ __all__ = [
     "HiddenKeyResult",
     "InjectReport",
     "LoRAConfig",
+    "LoRAFAAdamW",
     "LoRALinear",
     "PackedWeight",
     "Partial",

@@ -21,7 +21,7 @@ ALLOWED = {
     "lorasp/selection.py": {"config", "rng"},
     "lorasp/partial_adapter.py": {"adapter", "config", "selection"},
     "lorasp/partial.py": {"adapter", "config", "partial_adapter", "selection"},
-    "lorasp/optim.py": {"ops", "partial_adapter"},
+    "lorasp/optim": {"adapter", "ops", "optim", "partial_adapter"},
     "lorasp/shared_input.py": {"functional"},
     "lorasp/nn.py": {"config", "functional", "partial", "partial_adapter", "shared_input"},
     "lorasp/model_inputs.py": {"config", "nn"},

@@ -11,6 +11,11 @@ from lorasp.ops.partial_adamw import step_ops
 from lorasp.partial_adapter import ResampledAdapter, owner
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor sharded over several (DTensor, as fully_shard makes them); any other, itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 class PartialAdamW(Optimizer):
     """AdamW (decoupled weight decay) that leaves entries outside their adapter's selection alone, to the bit.
 
@@ -37,11 +42,12 @@ class PartialAdamW(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
     ):
+        own = type(self).__name__
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
             if not 0.0 <= value < float("inf"):
-                raise ValueError(f"PartialAdamW: {name} must be a finite number >= 0, got {value!r}")
+                raise ValueError(f"{own}: {name} must be a finite number >= 0, got {value!r}")
         if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
-            raise ValueError(f"PartialAdamW: betas must be two numbers in [0, 1), got {betas!r}")
+            raise ValueError(f"{own}: betas must be two numbers in [0, 1), got {betas!r}")
         if isinstance(params, nn.Module):
             params = [parameter for parameter in params.parameters() if parameter.requires_grad]
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "steps_taken": 0}
@@ -66,7 +72,7 @@ class PartialAdamW(Optimizer):
             if parameter.grad is None:
                 continue
             if parameter.grad.is_sparse:
-                raise RuntimeError("PartialAdamW: gradients must be dense, got a sparse one")
+                raise RuntimeError(f"{type(self).__name__}: gradients must be dense, got a sparse one")
             owned = owner(parameter)
             active = owned and owned[0].active(owned[1])
             state = self.state[parameter]
@@ -77,9 +83,9 @@ class PartialAdamW(Optimizer):
                 state["step"] = torch.zeros(shape, dtype=torch.int32, device=parameter.device)
             batch = batches.setdefault((parameter.device, parameter.dtype), [[] for _ in range(6)])
             values = (
-                parameter.detach(),
-                parameter.grad,
-                *(state[n] for n in ("exp_avg", "exp_avg_sq", "step")),
+                local(parameter.detach()),
+                self._gradient(parameter),
+                *(local(state[n]) for n in ("exp_avg", "exp_avg_sq", "step")),
                 active,
             )
             for tensors, tensor in zip(batch, values, strict=True):
@@ -90,6 +96,10 @@ class PartialAdamW(Optimizer):
             step_ops[backend](*batch, lr, beta1, beta2, group["eps"], group["weight_decay"])
             # Compiled backends write past autograd's version counters, which tell a stale prepacked weight.
             torch.autograd.graph.increment_version(batch[0])
+
+    def _gradient(self, parameter: Tensor) -> Tensor:
+        """What AdamW takes for the gradient, in its shape and dtype; of a sharded parameter, this process's part."""
+        return local(parameter.grad)
 
     def _resample(self) -> None:
         taken = self.param_groups[0]["steps_taken"]
