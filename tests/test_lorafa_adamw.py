@@ -415,9 +415,10 @@ def process_group():
 
 def test_a_sharded_B(process_group):
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DeviceMesh
 
     plain, sharded = Net(), Net()
-    fully_shard(sharded)
+    fully_shard(sharded, mesh=DeviceMesh("cpu", [0]))
     for model in (plain, sharded):
         train(model, LoRAFAAdamW(model, lr=1e-2), 3)
     assert hasattr(factor_B(sharded.first), "placements")
