@@ -156,7 +156,7 @@ def peak_bytes(step):
 @pytest.mark.parametrize("V", [32_000, 256_000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_workspace_is_below_64_mib(V, dtype):
-    rows, H = (700, 8) if V == 32_000 else (100, 8)
+    rows, H = (700, 64) if V == 32_000 else (100, 64)  # below 64 features the matrix library pads a copy of lm_head
     hidden, other = (torch.randn(rows, H, dtype=dtype).requires_grad_() for _ in range(2))
     lm_head = torch.randn(V, H, dtype=dtype)
     step = lambda: torch.autograd.grad(linear_consistency_loss(hidden, other, lm_head), (hidden, other))  # noqa: E731

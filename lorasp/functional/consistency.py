@@ -65,9 +65,9 @@ def linear_consistency_loss(
 
     hidden, other_hidden (..., H), lm_head W (V, H), bias (V,), one dtype; kind, mask (...), reduction and the result as
     in consistency_loss. Rows pass through the head in chunks: the workspace stays under 64 MiB for vocabularies up to
-    256k, lm_head's own gradient aside (accumulated in float32). Gradients flow to whatever requires them. They are
-    formed in forward, where the logits are at hand, and kept, in the size of what requires them; for reduction "none"
-    in backward, from logits formed again.
+    256k and H >= 64, lm_head's own gradient aside (accumulated in float32). Gradients flow to whatever requires
+    them. They are formed in forward, where the logits are at hand, and kept, in the size of what requires them; for
+    reduction "none" in backward, from logits formed again.
 
     Under autocast it computes what torch.nn.functional.linear computes, cast weight included.
     Raises TypeError and ValueError for arguments that do not fit, RuntimeError for second derivatives.

@@ -100,7 +100,8 @@ def apply_hiddenkey(model: nn.Module, config: HiddenKeyConfig) -> HiddenKeyRepor
     """Make a transformers model (BERT, RoBERTa, T5, GPT-2, LLaMA, Mistral, Qwen2) drop as HiddenKey does, in place.
 
     In training, attention of the chosen layers (self- and cross-attention) goes through dropkey_attention, instead of
-    the model's own dropout of attention weights, and the FFN's output through hidden_cut, before residual and norm. In
+    the model's own dropout of attention weights, and the FFN's output through hidden_cut, before residual and norm;
+    output_attentions gets no weights from them, as they are never formed. In
     eval mode the model computes what it did before, by the implementation it had ("sdpa" or "eager"). Seeds come from
     torch's generator: torch.manual_seed reproduces a run, and checkpointed layers drop the same again.
 
