@@ -19,7 +19,7 @@ from lorasp.integrations.transformers import HiddenKeyReport, apply_hiddenkey, r
 from lorasp.nn import LoRALinear
 from lorasp.ops.registry import available_backends, use_backend
 from lorasp.optim import LoRAFAAdamW, PartialAdamW
-from lorasp.partial import resample
+from lorasp.partial import resample, select
 from lorasp.shared_input import SharedInput
 
 __version__ = "0.1.0"
@@ -52,5 +52,6 @@ __all__ = [
     "remove_hiddenkey",
     "resample",
     "save_adapter",
+    "select",
     "use_backend",
 ]

@@ -104,7 +104,7 @@ class PartialConfig:
     resample: "never": the choice is made once and any optimizer sees only what trains. k >= 1: another choice every k
         optimizer steps; "epoch": at every lorasp.resample(model); both need lorasp.optim.PartialAdamW, and optimizer
         state is then whole.
-    seed: the choice follows from it and the layer's name. lorasp.partial.select chooses by scores instead.
+    seed: the choice follows from it and the layer's name. lorasp.select chooses by scores instead.
 
     Source: LoRA-SP, arXiv 2403.08822. Its abstract fixes that half of the LoRA parameters, randomly selected, is frozen
     during fine-tuning; granularity, ratio and resampling are this library's reading of it, and none of its accuracy
@@ -122,6 +122,7 @@ class PartialConfig:
         ratio, resample, seed = self.trainable_ratio, self.resample, self.seed
         if not _is_number(ratio) or not 0.0 < ratio <= 1.0:
             raise ValueError(f"PartialConfig: trainable_ratio must be in (0, 1], got {ratio!r}")
+        object.__setattr__(self, "trainable_ratio", float(ratio))
         if self.granularity not in GRANULARITIES:
             raise ValueError(
                 f"PartialConfig: granularity must be one of {', '.join(GRANULARITIES)}, got {self.granularity!r}"
@@ -182,6 +183,9 @@ class LoRAConfig:
 
     def __post_init__(self):
         check_adapter("LoRAConfig", **self.adapter_arguments())
+        for name in ("lora_alpha", "lora_dropout"):
+            if not isinstance(value := getattr(self, name), int | float):  # numpy's: not for JSON
+                object.__setattr__(self, name, float(value))
         if self.bias not in BIASES:
             raise ValueError(f"LoRAConfig: bias must be one of {', '.join(BIASES)}, got {self.bias!r}")
         normal = {

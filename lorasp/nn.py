@@ -208,7 +208,7 @@ class LoRALinear(nn.Module):
         """Choose what of the active adapter trains by scores per entry: the highest are kept (per block, row: the sum).
 
         score_A (r, in_features), None where A is frozen; score_B (out_features, r). lora_A and lora_B stay as they are;
-        make the optimizer afterwards. Layers on one input: see lorasp.partial.select. Raises ValueError.
+        make the optimizer afterwards. Layers on one input: see lorasp.select. Raises ValueError.
         """
         adapter = self.adapters[self.active_adapter]
         if not isinstance(adapter, PartialAdapter):
@@ -230,7 +230,7 @@ class LoRALinear(nn.Module):
     ) -> Tensor:
         """forward() of this layer alone; seed, member: of its dropout mask."""
         o = operands or self._operands()
-        if o.rows is None and o.entries_B is None and member == 0:
+        if o.columns is o.rows is o.entries_A is o.entries_B is None and member == 0:
             return lora_linear(
                 x, o.weight, o.lora_A, o.lora_B, o.bias, scale=o.scale, dropout_p=o.dropout_p, seed=seed,
                 mask_A=o.mask_A, mask_B=o.mask_B, packed=o.packed,
@@ -246,8 +246,8 @@ class LoRALinear(nn.Module):
             return linear_group(x, [o], [member], seed, keep_input)[0]
         found = isinstance(x, Tensor) and (
             x.dtype, x.device, x.shape[-1:], surroundings(x), keep_input, member, o.scale, o.dropout_p,
-            self.active_adapter, o.weight.dtype, o.weight.device, o.weight.shape, o.lora_A.dtype, o.lora_A.device, o.lora_A.shape,
-            o.lora_B.dtype, o.lora_B.device, o.lora_B.shape,
+            self.active_adapter, o.weight.dtype, o.weight.device, o.weight.shape, o.lora_A.dtype, o.lora_A.device,
+            o.lora_A.shape, o.lora_B.dtype, o.lora_B.device, o.lora_B.shape,
             None if o.bias is None else (o.bias.dtype, o.bias.device, o.bias.shape),
         )  # fmt: skip
         checked, how = self._checked

@@ -174,11 +174,18 @@ class PackedAdapter(PartialAdapter):
         return frozen_B.flatten().index_copy(0, self.entries_B, packed).view_as(frozen_B)
 
     def parts(self) -> dict[str, Tensor]:
-        names = ("columns", "rows") if self.partial.granularity == "feature" else ("entries_A", "entries_B")
-        parts = {"lora_B": self.lora_B_packed, "frozen_B": self.frozen_B, names[1]: getattr(self, names[1])}
+        feature = self.partial.granularity == "feature"
+        names = ("columns", "rows") if feature else ("entries_A", "entries_B")
+        parts, index = {"lora_B": self.lora_B_packed}, getattr(self, names[1])
+        # All columns, or rows, are a whole factor: nothing to gather, and no copy of x to keep.
+        if not feature or index.shape[0] < self.out_features:
+            parts |= {"frozen_B": self.frozen_B, names[1]: index}
         if self.freeze_A:
             return parts | {"lora_A": self.lora_A}
-        return parts | {"lora_A": self.lora_A_packed, "frozen_A": self.frozen_A, names[0]: getattr(self, names[0])}
+        parts["lora_A"], index = self.lora_A_packed, getattr(self, names[0])
+        if not feature or index.shape[0] < self.in_features:
+            parts |= {"frozen_A": self.frozen_A, names[0]: index}
+        return parts
 
     def factors_dtype(self) -> torch.dtype:
         return self.lora_B_packed.dtype

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import re
 
 import pytest
 import torch
@@ -215,10 +216,34 @@ def test_a_loaded_state_is_a_copy():
     train(layer, optimizer, 1)
     state = optimizer.state_dict()
     steps = [entry["step"].clone() for entry in state["state"].values()]
-    other = optimizer_of(copy.deepcopy(layer))
-    other.load_state_dict(copy.deepcopy(state))
+    other = optimizer_of(twin := copy.deepcopy(layer))
+    other.load_state_dict(state)
     train(layer, optimizer, 1)
-    assert same(steps, [entry["step"] for entry in other.state_dict()["state"].values()])
+    assert same(steps, [other.state[parameter]["step"] for parameter in twin.parameters() if parameter.requires_grad])
+
+
+@pytest.mark.parametrize("partial", [PartialConfig(), PartialConfig(0.5, "element")])
+def test_it_goes_on_from_the_state_of_torchs_adamw(partial):
+    torch.manual_seed(0)
+    layer = LoRALinear(K, N, r=R, init_lora_weights=False, partial=partial)
+    before = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=1e-2)
+    train(layer, before, 3)
+    twin, exact = copy.deepcopy(layer), copy.deepcopy(layer).double()
+    for one, kind in ((layer, PartialAdamW), (twin, torch.optim.AdamW), (exact, torch.optim.AdamW)):
+        after = kind([p for p in one.parameters() if p.requires_grad])
+        after.load_state_dict(copy.deepcopy(before.state_dict()))
+        train(one, after, 3)
+    for tensors in zip(values(layer), values(twin), values(exact), strict=True):
+        testing.assert_close(*tensors, torch.float32)
+
+
+def test_the_state_of_another_granularity_is_refused():
+    layer, other = layer_that_resamples("feature"), layer_that_resamples("element")
+    optimizer = optimizer_of(layer)
+    train(layer, optimizer, 1)
+    message = re.escape(f"step in state_dict must be {(R, K)} like the selection, got {(1, K)}")
+    with pytest.raises(ValueError, match=message):
+        optimizer_of(other).load_state_dict(optimizer.state_dict())
 
 
 def test_param_groups_schedulers_and_clipping():

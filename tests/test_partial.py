@@ -16,7 +16,6 @@ from lorasp import LoRAConfig, LoRALinear, PartialConfig, inject, testing
 from lorasp.config import ALL_LINEAR
 from lorasp.inject import report as inject_report
 from lorasp.memory import saved_bytes
-from lorasp.partial import select
 
 K, N, R = 40, 24, 4
 GRANULARITIES = ("feature", "element", "rank")
@@ -165,14 +164,14 @@ class TestSelection:
             layer.adapters.default.share(names[0])
         low, high = torch.zeros(2, 8), torch.zeros(2, 8)
         low[0, :4], high[1, 4:] = 1.0, 2.0
-        select(model, {names[0]: (low, torch.rand(8, 2)), names[1]: (high, torch.rand(8, 2))})
+        lorasp.select(model, {names[0]: (low, torch.rand(8, 2)), names[1]: (high, torch.rand(8, 2))})
         for layer in (q, v):
             assert layer.trainable_mask_A()[0].tolist() == [False] * 4 + [True] * 4
         before = masks(q)
         with pytest.raises(ValueError, match=r"must all have scores, missing: .*v_proj"):
-            select(model, {names[0]: (low, torch.rand(8, 2))})
+            lorasp.select(model, {names[0]: (low, torch.rand(8, 2))})
         with pytest.raises(ValueError, match=r"got \['nowhere'\]"):
-            select(model, {"nowhere": (low, low)})
+            lorasp.select(model, {"nowhere": (low, low)})
         assert all(torch.equal(a, b) for a, b in zip(before, masks(q), strict=True))
 
 
@@ -287,6 +286,10 @@ class TestCost:
         layer = layer_with_values(dtype=torch.bfloat16, adapter_dtype=torch.float32)
         x = torch.randn(12, K, dtype=torch.bfloat16)
         assert saved_bytes(lambda: layer(x), exclude=layer) == 12 * (K // 2 + R) * 2
+
+    def test_all_features_are_no_copy_of_x(self):
+        whole, x = layer_with_values(ratio=1.0), torch.randn(12, K)
+        assert saved_bytes(lambda: whole(x), exclude=[whole, x]) == 12 * R * 4
 
     @pytest.mark.parametrize("granularity", GRANULARITIES)
     def test_with_A_frozen_x_is_not_kept(self, granularity):

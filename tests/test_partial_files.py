@@ -1,6 +1,7 @@
 """Adapter files of LoRA-SP: dense tensors as PEFT has them, what trains beside them, and what does not fit."""
 
 import json
+from fractions import Fraction
 
 import pytest
 import torch
@@ -66,6 +67,13 @@ def test_round_trip(granularity, again, freeze_A, tmp_path):
         for one in (fresh, model):
             resample(one)
         assert same_selection(fresh, model)
+
+
+def test_numbers_may_be_of_any_kind(tmp_path):
+    model = adapted(partial=PartialConfig(Fraction(1, 2)), lora_alpha=Fraction(4))
+    save_adapter(model, tmp_path)
+    load_adapter(other := Model(), tmp_path)
+    assert torch.equal(outputs(other), outputs(model))
 
 
 @pytest.mark.parametrize("granularity", ["feature", "element", "rank"])

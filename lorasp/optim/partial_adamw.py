@@ -73,8 +73,7 @@ class PartialAdamW(Optimizer):
                 continue
             if parameter.grad.is_sparse:
                 raise RuntimeError(f"{type(self).__name__}: gradients must be dense, got a sparse one")
-            owned = owner(parameter)
-            active = owned and owned[0].active(owned[1])
+            active = _active(parameter)
             state = self.state[parameter]
             if not state:
                 state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
@@ -114,8 +113,28 @@ class PartialAdamW(Optimizer):
                 adapter.resample()
 
     def load_state_dict(self, state_dict: dict) -> None:
+        """Go on from a state of PartialAdamW, or of torch.optim.AdamW, whose one count of steps is then every entry's.
+
+        Raises ValueError for the state of another granularity.
+        """
         super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            group.setdefault("steps_taken", 0)
         # Optimizer moves and casts every tensor of a parameter's state except "step".
         for parameter, state in self.state.items():
             if "step" in state:
-                state["step"] = state["step"].to(parameter.device, torch.int32, copy=True)
+                active = _active(parameter)
+                shape = (1,) if active is None else active.shape
+                step = torch.as_tensor(state["step"]).to(parameter.device, torch.int32)
+                if step.numel() > 1 and step.shape != shape:
+                    raise ValueError(
+                        f"{type(self).__name__}: step in state_dict must be {tuple(shape)} like the selection, "
+                        f"got {tuple(step.shape)}"
+                    )
+                state["step"] = (step if step.shape == shape else step.flatten()).expand(shape).clone()
+
+
+def _active(parameter: Tensor) -> Tensor | None:
+    """Where the selection of its adapter lets this parameter train; None for everywhere."""
+    owned = owner(parameter)
+    return owned and owned[0].active(owned[1])
