@@ -156,6 +156,18 @@ def test_finfo_min_hides_as_false_does(dtype):
         testing.assert_close(additive, boolean, boolean.double(), dtype)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(40, 90), (1, 90)])
+def test_nan_in_a_mask_shows(shape, backend):
+    """(1 - mask) * -inf is NaN where it should show: that must not pass for a mask that hides everything."""
+    q, k, v = torch.ones(1, 2, 40, 16), torch.ones(1, 2, 90, 16), torch.ones(1, 2, 90, 16)
+    open_keys = torch.zeros(shape)
+    open_keys[:, 70:] = 1
+    for p in (0.0, 0.3):
+        with lorasp.use_backend(backend):
+            assert dropkey_attention(q, k, v, (1 - open_keys) * -torch.inf, dropout_p=p, seed=1).isnan().all()
+
+
 @pytest.mark.parametrize(("pattern", "is_causal"), [("column", True), ("element", False), ("span", False)])
 def test_gradcheck(pattern, is_causal):
     (q, k, v), inputs = leaves(Case(1, 2, 1, 3, 4, 2, 2, torch.float64, mask="bias"))
@@ -323,6 +335,18 @@ def test_compiles_fullgraph_without_recompiling_for_new_sizes(pattern, backend):
     assert counts == [counts[0]] * 3
 
 
+def test_compiles_with_one_tensor_as_query_key_and_value():
+    torch._dynamo.reset()
+    x = torch.randn(1, 2, 6, 8, requires_grad=True)
+
+    def step(x):
+        return dropkey_attention(x, x, x, dropout_p=0.3, seed=5)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    have, want = (torch.autograd.grad(f(x).sum(), x)[0] for f in (compiled, step))
+    torch.testing.assert_close(have, want)
+
+
 def test_inductor_gives_the_same_function():
     torch._dynamo.reset()
     case = Case(1, 2, 1, 12, 14, 8, 8, dropout_p=0.3, is_causal=True, mask="bias")
@@ -389,6 +413,8 @@ T = torch.zeros
         bad("v must be (2, 4, 9, Dv) with Dv in 1..256, got (2, 4, 10, 8)", v=T(2, 4, 10, 8)),
         bad("attn_mask must be broadcastable to (2, 4, 6, 9), got (6, 8)", attn_mask=T(6, 8)),
         bad("attn_mask must be broadcastable to (2, 4, 6, 9), got (1, 2, 4, 6, 9)", attn_mask=T(1, 2, 4, 6, 9)),
+        bad("attn_mask must be broadcastable to (2, 4, 6, 9), got (2, 9); a padding mask (B, Sk) goes in as "
+            "mask[:, None, None, :]", attn_mask=T(2, 9)),
         bad("attn_mask must be torch.bool or torch.float32, got torch.int64", TypeError,
             attn_mask=T(6, 9, dtype=torch.int64)),
         bad("attn_mask must be a Tensor, got list", TypeError, attn_mask=[True]),

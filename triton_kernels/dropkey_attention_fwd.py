@@ -110,7 +110,7 @@ def masked_logits(
             z = tl.where(value != 0, z, float("-inf"))
         else:
             value = value.to(tl.float32)
-            z = tl.where(value > MASK_FLOOR, z + value * FACTOR, float("-inf"))
+            z = tl.where(value <= MASK_FLOOR, float("-inf"), z + value * FACTOR)
     if ELEMENT:
         offs_e = first_row + tl.arange(0, BLOCK_M)
         keep = keep_mask(seed, offs_e, start_n, Sk, threshold, 0, BLOCK_N, ALIGNED, _PURPOSE_DROPKEY)

@@ -115,7 +115,8 @@ inline vf load_hiding(const uint8_t* p, __mmask16 valid) {
   return _mm512_mask_mov_ps(vset(-kInfinity), open, vzero());
 }
 
-// out[j] = row[index[j]] for keys of a list given as bits of row[0] ...; values up to `hidden` become -inf.
+// out[j] = row[index[j]] for keys of a list given as bits of row[0] ...; values up to `hidden` become -inf, and NaN
+// +inf, which no maximum loses and which makes its query NaN.
 // Writes up to 15 floats too many.
 template <class M>
 inline void compress_row(const M* row, const uint32_t* kept, int64_t range, float hidden, float* out) {
@@ -124,6 +125,7 @@ inline void compress_row(const M* row, const uint32_t* kept, int64_t range, floa
     const auto valid = static_cast<__mmask16>(range - j >= 16 ? 0xFFFF : (1 << (range - j)) - 1);
     vf value = load_hiding(row + j, valid);
     value = _mm512_mask_mov_ps(value, _mm512_cmp_ps_mask(value, vset(hidden), _CMP_LE_OQ), vset(-kInfinity));
+    value = _mm512_mask_mov_ps(value, _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q), vset(kInfinity));
     _mm512_storeu_ps(out, _mm512_maskz_compress_ps(bits, value));
     out += __builtin_popcount(bits);
   }
@@ -164,7 +166,7 @@ bool bias_tile(const Head<E>& head, int64_t q0, int64_t rows, int64_t k0, int64_
       if (straight) row += index[0];
       for (int64_t j = 0; j < valid; ++j) {
         const float value = straight ? E::widen(row[j]) : E::widen(row[index[j] * mask.key]);
-        tile[j] = value <= mask.hidden ? -kInfinity : value;
+        tile[j] = value <= mask.hidden ? -kInfinity : value == value ? value : kInfinity;
       }
     };
     switch (mask.kind) {

@@ -87,6 +87,13 @@ def three_dimensional(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
 
 
+def not_same(x: Tensor, *others: Tensor | None) -> Tensor:
+    """x, or a view of it if it is one of others: dynamo traces no autograd.Function that gets one tensor twice."""
+    if torch.compiler.is_compiling() and any(x is other for other in others):
+        return x.view_as(x)
+    return x
+
+
 def seed_tensor(where: str, seed: int | Tensor | None, device: torch.device) -> Tensor:
     if seed is None:
         return rng.draw_seed(device)

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from lorasp.functional.arguments import autocast_dtype, check_like, check_tensor, three_dimensional
+from lorasp.functional.arguments import autocast_dtype, check_like, check_tensor, not_same, three_dimensional
 from lorasp.ops import registry
 from lorasp.ops.consistency import KINDS, ConsistencyFunction
 from lorasp.ops.linear_consistency import LinearConsistencyFunction
@@ -45,7 +45,8 @@ def consistency_loss(
     backend = registry.choose("consistency", logits.device.type, logits.dtype)
     lead, V = logits.shape[:-1], logits.shape[-1]
     rows_kept = None if mask is None else three_dimensional(mask.unsqueeze(-1)).squeeze(-1)
-    rows = ConsistencyFunction.apply(three_dimensional(logits), three_dimensional(other), rows_kept, kind, backend)
+    logits, other = three_dimensional(logits), three_dimensional(other)
+    rows = ConsistencyFunction.apply(logits, not_same(other, logits), rows_kept, kind, backend)
     if reduction == "none":
         return rows.reshape(lead)
     divisor = _divisor(reduction, mask, lead, V, rows)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lorasp import rng
-from lorasp.functional.arguments import autocast_dtype, seed_tensor
+from lorasp.functional.arguments import autocast_dtype, not_same, seed_tensor
 from lorasp.ops import registry
 from lorasp.ops.dropkey_attention import PATTERNS, DropKeyAttentionFunction
 
@@ -33,7 +33,8 @@ def dropkey_attention(
     q (B, H, Sq, D), k (B, H, Sk, D), v (B, H, Sk, Dv) -> o (B, H, Sq, Dv), or all without B; D, Dv in 1..256, any
     strides. enable_gqa: k and v may have Hkv heads, H divisible by Hkv; query head h reads key head h // (H / Hkv).
     attn_mask: bool (True = visible) or additive, in q's dtype or float32, broadcastable to (B, H, Sq, Sk); additive
-    entries <= finfo.min / 2 count as masked. is_causal: query i sees keys 0..i, together with attn_mask.
+    entries <= finfo.min / 2 count as masked, a NaN makes its query NaN. is_causal: query i sees keys 0..i, together
+    with attn_mask.
     scale: default 1 / sqrt(D).
 
     pattern says what is dropped with probability dropout_p, before the softmax and without rescaling: "column" a key
@@ -65,7 +66,7 @@ def dropkey_attention(
     elif not isinstance(scale, int | float) or not -math.inf < scale < math.inf:
         raise ValueError(f"dropkey_attention: scale must be a finite number, got {scale!r}")
     o = DropKeyAttentionFunction.apply(
-        q, k, v, attn_mask, seed_tensor("dropkey_attention", seed, q.device) if dropping else None,
+        q, not_same(k, q), not_same(v, q, k), attn_mask, seed_tensor("dropkey_attention", seed, q.device) if dropping else None,
         float(dropout_p) if dropping else 0.0, pattern, bool(is_causal), float(scale),
         registry.choose("dropkey_attention", q.device.type, q.dtype),
     )  # fmt: skip
@@ -118,8 +119,10 @@ def _mask_4d(attn_mask: Tensor, q: Tensor, k: Tensor, batched: bool) -> Tensor:
     allowed = full if batched else full[1:]
     missing = len(allowed) - attn_mask.ndim
     if missing < 0 or any(have not in (1, want) for have, want in zip(attn_mask.shape, allowed[missing:], strict=True)):
+        padding = "; a padding mask (B, Sk) goes in as mask[:, None, None, :]"
         raise ValueError(
             f"dropkey_attention: attn_mask must be broadcastable to {tuple(allowed)}, got {tuple(attn_mask.shape)}"
+            + (padding if attn_mask.shape == (q.shape[0], k.shape[2]) else "")
         )
     return attn_mask[(None,) * (4 - attn_mask.ndim)]
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lorasp import rng
-from lorasp.functional.arguments import check_like, seed_tensor, three_dimensional
+from lorasp.functional.arguments import check_like, not_same, seed_tensor, three_dimensional
 from lorasp.ops import registry
 from lorasp.ops.hidden_cut import PATTERNS, HiddenCutFunction
 
@@ -56,4 +56,5 @@ def hidden_cut(
     if x.ndim != 3:
         x = three_dimensional(x)
         residual = None if residual is None else three_dimensional(residual)
+    residual = None if residual is None else not_same(residual, x)
     return HiddenCutFunction.apply(x, residual, seed, float(p), pattern, backend).reshape(shape)

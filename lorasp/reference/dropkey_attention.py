@@ -36,7 +36,7 @@ def visible(
     keep = keep_mask(seed, shape, p, pattern)
     seen = seen if keep is None else seen & keep
     if attn_mask is not None:
-        open_to = attn_mask if attn_mask.dtype == torch.bool else attn_mask > torch.finfo(attn_mask.dtype).min / 2
+        open_to = attn_mask if attn_mask.dtype == torch.bool else ~(attn_mask <= torch.finfo(attn_mask.dtype).min / 2)
         seen = seen & open_to
     return seen.tril() if is_causal else seen
 
