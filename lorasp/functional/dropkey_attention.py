@@ -65,8 +65,9 @@ def dropkey_attention(
         scale = q.shape[3] ** -0.5
     elif not isinstance(scale, int | float) or not -math.inf < scale < math.inf:
         raise ValueError(f"dropkey_attention: scale must be a finite number, got {scale!r}")
+    seed = seed_tensor("dropkey_attention", seed, q.device) if dropping else None
     o = DropKeyAttentionFunction.apply(
-        q, not_same(k, q), not_same(v, q, k), attn_mask, seed_tensor("dropkey_attention", seed, q.device) if dropping else None,
+        q, not_same(k, q), not_same(v, q, k), attn_mask, seed,
         float(dropout_p) if dropping else 0.0, pattern, bool(is_causal), float(scale),
         registry.choose("dropkey_attention", q.device.type, q.dtype),
     )  # fmt: skip
