@@ -125,7 +125,7 @@ def test_check_as_json(capsys):
     [
         ([], "arguments are required"),
         (["bench", "--mknr", "3,4"], "must be four whole numbers M,K,N,R above 0, got '3,4'"),
-        (["check", "--shapes", "3,4"], "--shapes must be M,K,N,R"),
+        (["check", "--shapes", "3,4,5,6,7"], "--shapes must be M,K,N,R or B,H,"),
         (["check", "--op", "lora_linear", "--shapes", "3"], "--shapes of lora_linear must be M,K,N,R"),
         (["check", "--op", "lora"], "--op must be among lora_linear, "),
         (["check", "--shapes", "3,4,5,0"], "must be whole numbers above 0 with commas between, got '3,4,5,0'"),
@@ -164,7 +164,7 @@ def test_demo_prints_a_table_and_draws_a_picture(tmp_path, capsys):
     assert max(len(line.rstrip()) for line in shown.split("wrote")[0].splitlines()) <= 100
 
 
-def test_demo_measures_the_same_model_five_ways():
+def test_demo_measures_the_same_model_six_ways():
     def measure():
         device, size = torch.device("cpu"), demo.SIZES["tiny"]
         base = demo.make_model(size, torch.float32, device, seed=1)
@@ -174,7 +174,7 @@ def test_demo_measures_the_same_model_five_ways():
 
     first, again = measure(), measure()
     assert [m.held_out for m in first] == [m.held_out for m in again]
-    full, peft, lora, fa, hiddenkey = first
+    full, peft, lora, fa, sp, hiddenkey = first
     before = {m.held_out[0][1] for m in first}
     assert len(before) == 1
     assert all(math.isfinite(m.held_out[-1][1]) for m in first)
@@ -182,6 +182,9 @@ def test_demo_measures_the_same_model_five_ways():
     assert full.trainable == sum(p.numel() for p in full.model.parameters())
     assert peft.optimizer_bytes == lora.optimizer_bytes == 2 * 4 * lora.trainable
     assert fa.saved < lora.saved <= peft.saved
+    assert sp.trainable == lora.trainable / 2
+    assert sp.optimizer_bytes == lora.optimizer_bytes / 2
+    assert fa.saved < sp.saved < lora.saved
     assert hiddenkey.trainable == lora.trainable
     assert hiddenkey.held_out[-1] != lora.held_out[-1]
     # The same function, trained alike: closer to PEFT than freezing A is.

@@ -210,9 +210,20 @@ def allocated(function):
     return sum(max(event.nbytes(), 0) for event in events if event.name() == "[memory]")
 
 
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("plan", ["addmm", "fused"])
-def test_nothing_of_x_s_size_is_made_on_the_way(plan):
-    """Outputs, what has the adapters' size and the library's own: no copy of x, no second dx, no masked x."""
+def test_nothing_of_x_s_size_is_made_on_the_way(plan, one_thread):
+    """Outputs, what has the adapters' size and the library's own: no copy of x, no second dx, no masked x.
+
+    With more threads the library pads odd outputs in a copy of its own.
+    """
     if plan not in plans(torch.bfloat16):
         pytest.skip(f"no plan {plan} for bfloat16 on this CPU")
     M, K, N, R, G = 2048, 512, 192, 8, 3

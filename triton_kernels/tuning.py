@@ -162,7 +162,8 @@ def skinny_config(target: Target, dtype: torch.dtype, M: int, R: int, *, aligned
         block_c, block_r = (64, pad_rank(R, 32)) if aligned or dtype.itemsize == 2 else (32, pad_rank(R, 16))
         return SkinnyConfig(min(height, 32), block_c, block_r, num_warps=8, num_stages=2)
     block_r = pad_rank(R, 128)
-    block_c = 128 if block_r <= (64 if target.shared_memory >= _SHARED_MEMORY[80] else 32) else 64
+    # Twice as wide at rank 64 only where wgmma reads its operands from shared memory: mma.sync spills there.
+    block_c = 128 if block_r <= (64 if 90 <= target.arch < 120 else 32) else 64
     stage_bytes = 2 * (height * block_c + max(height, block_c) * block_r)
     num_warps = 4 if target.arch == 90 else 8
     return SkinnyConfig(height, block_c, block_r, num_warps, _fit_stages(target, stage_bytes, 32768, 4))

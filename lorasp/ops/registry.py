@@ -120,9 +120,14 @@ def choose(operator: str, device_type: str, dtype: torch.dtype) -> str:
             raise ValueError(f"{operator}: the forced backend cannot serve this call: {reason}")
         return _forced_backend
     best = {"cpu": "cpp", "cuda": "triton"}.get(device_type, "reference")
-    if best == "cpp" and not {operator, f"{operator}_fwd"} & _compiled:
+    if unsupported(best, device_type, dtype) is not None:
         return "reference"
-    return best if unsupported(best, device_type, dtype) is None else "reference"
+    if best == "cpp" and not {operator, f"{operator}_fwd"} & _compiled:
+        raise RuntimeError(
+            f"{operator}: the built C++ extension is older than this package and lacks the operator; build it again "
+            "with `pip install --no-build-isolation --force-reinstall --no-deps lorasp`"
+        )
+    return best
 
 
 def choose_plan(plan: str) -> str:
