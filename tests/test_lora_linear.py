@@ -357,3 +357,11 @@ def test_any_shape_meets_the_rule(M, K, N, R, dtype, bias, freeze_A, need_dx, ma
     case = Case(M, K, N, R, dtype, bias, p, freeze_A, need_dx, masters, masks, seed=seed)
     results = testing.check_case(case, "auto", "auto")
     assert all(r.ok for r in results), (case, [r for r in results if not r.ok])
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpp"])
+def test_an_extension_older_than_the_sources_is_an_error(backend):
+    if lorasp.available_backends()["cpp"] is not None:
+        pytest.skip("the C++ extension is not built")
+    with lorasp.use_backend(backend), pytest.raises(RuntimeError, match=r"^brand_new: .* is older than this package"):
+        registry.choose("brand_new", "cpu", torch.float32)

@@ -118,16 +118,21 @@ def choose(operator: str, device_type: str, dtype: torch.dtype) -> str:
         reason = unsupported(_forced_backend, device_type, dtype)
         if reason is not None:
             raise ValueError(f"{operator}: the forced backend cannot serve this call: {reason}")
+        _check_not_stale(operator, _forced_backend)
         return _forced_backend
     best = {"cpu": "cpp", "cuda": "triton"}.get(device_type, "reference")
     if unsupported(best, device_type, dtype) is not None:
         return "reference"
-    if best == "cpp" and not {operator, f"{operator}_fwd"} & _compiled:
+    _check_not_stale(operator, best)
+    return best
+
+
+def _check_not_stale(operator: str, backend: str) -> None:
+    if backend == "cpp" and not {operator, f"{operator}_fwd"} & _compiled:
         raise RuntimeError(
             f"{operator}: the built C++ extension is older than this package and lacks the operator; build it again "
             "with `pip install --no-build-isolation --force-reinstall --no-deps lorasp`"
         )
-    return best
 
 
 def choose_plan(plan: str) -> str:
