@@ -65,6 +65,11 @@ def select(model: nn.Module, scores: Mapping[str, tuple[Tensor | None, Tensor]])
         raise ValueError(
             f"select: scores must name layers with a PartialConfig, got {unknown}; they are {list(adapters)}"
         )
+    for name, score in scores.items():
+        if not isinstance(score, tuple | list) or len(score) != 2:
+            raise ValueError(
+                f"select: scores must be pairs (score_A, score_B), got {type(score).__name__} for {name!r}"
+            )
     chosen = {name: _scored(adapters[name], *score) for name, score in scores.items()}
     shared: dict[str, list[str]] = {}
     for name, adapter in adapters.items():

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 import lorasp
@@ -107,6 +109,39 @@ def test_gradcheck(granularity, p):
         return lora_linear_group(x, lora_As=factors[:2], lora_Bs=factors[2:], dropout_p=p, seed=5, **inputs)
 
     assert gradcheck(function, leaves)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(data=st.data())
+def test_any_shapes_strides_and_dtypes(data):
+    M, K, N, R = (data.draw(st.integers(low, high)) for low, high in ((0, 70), (1, 150), (1, 80), (1, 20)))
+    granularity = data.draw(st.sampled_from(GRANULARITIES))
+    switches = {name: data.draw(st.booleans()) for name in ("frozen_B", "bias", "freeze_A", "need_dx", "keep_input")}
+    case = Case(
+        M, K, N, R, data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
+        data.draw(st.integers(1, 3)), granularity, dropout_p=data.draw(st.sampled_from([0.0, 0.1, 0.6])), **switches,
+    )  # fmt: skip
+    inputs = make_inputs(case)
+    inputs["x"] = data.draw(st.sampled_from([strided, transposed]))(inputs["x"])
+    inputs["dys"] = [data.draw(st.sampled_from([strided, transposed]))(dy) for dy in inputs["dys"]]
+    inputs["weights"] = [data.draw(st.sampled_from([strided, transposed]))(weight) for weight in inputs["weights"]]
+    exact, plain = run(to_double(inputs), case), run(inputs, case)
+    for backend in CPU_BACKENDS:
+        if registry.unsupported(backend, "cpu", case.dtype) is None:
+            with lorasp.use_backend(backend):
+                have = run(inputs, case)
+            for name, value in exact.items():
+                if value.numel():
+                    assert_close(have[name], plain[name], value, case.dtype)
+                assert have[name].shape == value.shape
+
+
+def strided(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.repeat_interleave(2, 1)[:, ::2]
+
+
+def transposed(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.t().contiguous().t()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -172,6 +172,8 @@ class TestSelection:
             lorasp.select(model, {names[0]: (low, torch.rand(8, 2))})
         with pytest.raises(ValueError, match=r"got \['nowhere'\]"):
             lorasp.select(model, {"nowhere": (low, low)})
+        with pytest.raises(ValueError, match="must be pairs"):
+            lorasp.select(model, {names[0]: low})
         assert all(torch.equal(a, b) for a, b in zip(before, masks(q), strict=True))
 
 
