@@ -189,7 +189,9 @@ def make_methods(base: nn.Module, size: Size) -> list[Method]:
         warnings.simplefilter("ignore", FutureWarning)
         peft_model = get_peft_model(copy.deepcopy(base), LoraConfig(task_type="CAUSAL_LM", **settings))
     lora, fa, sp, hiddenkey = (copy.deepcopy(base) for _ in range(4))
-    lorasp.inject(sp, lorasp.LoRAConfig(partial=lorasp.PartialConfig(), **settings))
+    # Masters, as PEFT's files bring them to the others.
+    masters = torch.float32 if base.dtype.itemsize == 2 else None
+    lorasp.inject(sp, lorasp.LoRAConfig(partial=lorasp.PartialConfig(), adapter_dtype=masters, **settings))
     with tempfile.TemporaryDirectory() as folder:
         peft_model.save_pretrained(folder, save_embedding_layers=False)
         for model in (lora, fa, hiddenkey):
