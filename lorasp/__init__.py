@@ -1,5 +1,6 @@
 """lorasp: fused LoRA kernels for PyTorch, with a pure-PyTorch reference behind every operator."""
 
+from lorasp.adapters import delete_adapter, disable_adapter, merge, set_adapter, unload, unmerge
 from lorasp.checkpoint import load_adapter, save_adapter
 from lorasp.config import HiddenKeyConfig, LoRAConfig, PartialConfig
 from lorasp.functional import (
@@ -40,6 +41,8 @@ __all__ = [
     "apply_hiddenkey",
     "available_backends",
     "consistency_loss",
+    "delete_adapter",
+    "disable_adapter",
     "dropkey_attention",
     "hidden_cut",
     "hiddenkey_step",
@@ -48,10 +51,14 @@ __all__ = [
     "load_adapter",
     "lora_linear",
     "lora_linear_group",
+    "merge",
     "pack_weight",
     "remove_hiddenkey",
     "resample",
     "save_adapter",
     "select",
+    "set_adapter",
+    "unload",
+    "unmerge",
     "use_backend",
 ]

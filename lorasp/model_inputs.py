@@ -116,19 +116,23 @@ def _obstacle(members: Mapping[str, LoRALinear]) -> str | None:
     return None
 
 
-def mark_kept_inputs(model: nn.Module, modules: Mapping[str, nn.Module], layers: Mapping[str, LoRALinear]) -> None:
-    """Set keep_input where attention keeps what the layer reads: a copy of a part of it would cost memory, not save it.
+def kept_inputs(
+    model: nn.Module, modules: Mapping[str, nn.Module], layers: Mapping[str, LoRALinear]
+) -> dict[str, bool]:
+    """keep_input of the layers whose input attention keeps: a copy of a part of it would cost memory, not save it.
 
     Eager attention keeps its weights and values instead, and so does fused attention with dropout on the CPU.
     """
     config = getattr(model, "config", None)
     if getattr(config, "_attn_implementation", None) in (None, "eager"):
-        return
+        return {}
+    found = {}
     for name, module in modules.items():
         kept = _entry(_KEPT, module)
-        layer = layers.get(_join(name, kept.child)) if kept else None
-        if layer is not None:
-            layer.keep_input = layer.weight.device.type != "cpu" or getattr(config, kept.dropout, 0.0) == 0.0
+        path = _join(name, kept.child) if kept else None
+        if path in layers:
+            found[path] = layers[path].weight.device.type != "cpu" or getattr(config, kept.dropout, 0.0) == 0.0
+    return found
 
 
 def _entry(table: Mapping, module: nn.Module):

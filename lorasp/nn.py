@@ -8,12 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lorasp.adapted import AdaptedLinear
 from lorasp.config import LoRAConfig, PartialConfig, check_adapter
 from lorasp.functional import PackedWeight, lora_linear, pack_weight
 from lorasp.functional.arguments import seed_tensor, surroundings
 from lorasp.functional.lora_linear_group import LoRALinearPartFunction, constants
-from lorasp.partial import make_adapter
-from lorasp.partial_adapter import PartialAdapter
 from lorasp.shared_input import SharedInput, linear_group
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -57,7 +56,7 @@ class _Packed(NamedTuple):
     weight: PackedWeight
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(AdaptedLinear):
     """y = x W^T + bias + s drop(x) A^T B^T: nn.Linear with its weight frozen and a low-rank adapter that trains.
 
     in_features, out_features, bias, device, dtype: nn.Linear's. The rest is PEFT's: r, lora_alpha, lora_dropout (in
@@ -65,7 +64,9 @@ class LoRALinear(nn.Module):
 
     x (..., in_features) -> y (..., out_features) in x's dtype. weight (out_features, in_features) and bias do not
     require grad; set requires_grad_(True) and they train too. lora_A (r, in_features), lora_B (out_features, r) and
-    scale are the active adapter's; in the state_dict they are adapters.<name>.lora_A and .lora_B.
+    scale are the active adapter's; in the state_dict they are adapters.<name>.lora_A and .lora_B. Of several adapters
+    (add_adapter) one is active; where the layer has none of that name, or enabled is False, it is the frozen layer
+    alone. merge() puts the adapter into a new weight and keeps the old one for unmerge().
 
     partial (LoRA-SP): what trains is in adapters.<name>.lora_A_packed and .lora_B_packed, beside the masks active_A and
     active_B of the selection; lora_A and lora_B are then put together on every read, so writing to them changes nothing
@@ -133,10 +134,18 @@ class LoRALinear(nn.Module):
         return layer
 
     @classmethod
-    def beside(cls, linear: nn.Module, config: LoRAConfig, name: str = "", peers: Sequence[str] = ()) -> "LoRALinear":
+    def beside(
+        cls,
+        linear: nn.Module,
+        config: LoRAConfig,
+        name: str = "",
+        peers: Sequence[str] = (),
+        adapter: str = DEFAULT_ADAPTER,
+    ) -> "LoRALinear":
         """from_linear without touching the Parameters' requires_grad.
 
         name, and peers, the names of all layers adapted together: what config.partial draws its selection from.
+        adapter: what the adapter is called.
         """
         if not isinstance(config, LoRAConfig):
             raise TypeError(f"LoRALinear.from_linear: config must be a LoRAConfig, got {type(config).__name__}")
@@ -150,7 +159,7 @@ class LoRALinear(nn.Module):
             )
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer._adopt(linear.weight, linear.bias, is_conv1d(linear), config.adapter_arguments(), name, peers)
+        layer._adopt(linear.weight, linear.bias, is_conv1d(linear), config.adapter_arguments(), name, peers, adapter)
         return layer.train(linear.training)
 
     def _adopt(
@@ -161,63 +170,18 @@ class LoRALinear(nn.Module):
         arguments: dict,
         name: str = "",
         peers: Sequence[str] = (),
+        adapter: str = DEFAULT_ADAPTER,
     ) -> None:
-        arguments = dict(arguments)
-        adapter_dtype = arguments.pop("adapter_dtype") or weight.dtype
-        if adapter_dtype.itemsize < weight.dtype.itemsize:
-            raise ValueError(f"LoRALinear: adapter_dtype must be None for {weight.dtype}, got {adapter_dtype}")
         self.fan_in_fan_out = fan_in_fan_out
-        self.prepack = arguments.pop("prepack")
+        self.prepack = arguments["prepack"]
         self.register_parameter("weight", weight)
         self.register_parameter("bias", bias)
         self.out_features, self.in_features = weight.t().shape if fan_in_fan_out else weight.shape
-        self.active_adapter = DEFAULT_ADAPTER
         # Save x itself where x[:, J] would do: something else keeps this x alive anyway.
         self.keep_input = False
         self._packed: _Packed | None = None
         self._checked: tuple = (None, None)
-        arguments |= {"name": name, "peers": peers, "device": weight.device, "dtype": adapter_dtype}
-        adapter = make_adapter(self.in_features, self.out_features, **arguments)
-        self.adapters = nn.ModuleDict({DEFAULT_ADAPTER: adapter})
-
-    @property
-    def lora_A(self) -> Tensor:
-        return self.adapters[self.active_adapter].dense_A()
-
-    @property
-    def lora_B(self) -> Tensor:
-        return self.adapters[self.active_adapter].dense_B()
-
-    def set_lora(self, lora_A: Tensor, lora_B: Tensor) -> None:
-        """Give the active adapter these values, (r, in_features) and (out_features, r), frozen entries included."""
-        for name, value, have in (("lora_A", lora_A, self.lora_A), ("lora_B", lora_B, self.lora_B)):
-            if not isinstance(value, Tensor) or value.shape != have.shape:
-                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(f"set_lora: {name} must be {tuple(have.shape)}, got {got}")
-        self.adapters[self.active_adapter].set_dense(lora_A, lora_B)
-
-    def trainable_mask_A(self) -> Tensor:
-        """bool (r, in_features): the entries of lora_A that train (by freeze_A and partial; requires_grad aside)."""
-        return self.adapters[self.active_adapter].trainable_mask_A()
-
-    def trainable_mask_B(self) -> Tensor:
-        """bool (out_features, r): the entries of lora_B that train."""
-        return self.adapters[self.active_adapter].trainable_mask_B()
-
-    def select(self, score_A: Tensor | None, score_B: Tensor) -> None:
-        """Choose what of the active adapter trains by scores per entry: the highest are kept (per block, row: the sum).
-
-        score_A (r, in_features), None where A is frozen; score_B (out_features, r). lora_A and lora_B stay as they are;
-        make the optimizer afterwards. Layers on one input: see lorasp.select. Raises ValueError.
-        """
-        adapter = self.adapters[self.active_adapter]
-        if not isinstance(adapter, PartialAdapter):
-            raise ValueError("select: the layer must have a PartialConfig of granularity feature, element or rank")
-        adapter.select(score_A, score_B)
-
-    @property
-    def scale(self) -> float:
-        return self.adapters[self.active_adapter].scale
+        self.hold_adapter(adapter, arguments, name, peers)
 
     def forward(self, x: Tensor) -> Tensor:
         # Traced, the layers of a group compute apart: a round lives in weak references, which no graph can hold.
@@ -230,6 +194,8 @@ class LoRALinear(nn.Module):
     ) -> Tensor:
         """forward() of this layer alone; seed, member: of its dropout mask."""
         o = operands or self._operands()
+        if o is None:
+            return self._frozen(x)
         if o.columns is o.rows is o.entries_A is o.entries_B is None and member == 0:
             return lora_linear(
                 x, o.weight, o.lora_A, o.lora_B, o.bias, scale=o.scale, dropout_p=o.dropout_p, seed=seed,
@@ -264,9 +230,19 @@ class LoRALinear(nn.Module):
             o.entries_B,
         )  # fmt: skip
 
-    def _operands(self) -> Operands:
+    def _frozen(self, x: Tensor) -> Tensor:
+        """The layer where no adapter acts: merged, disabled, or without the active one."""
+        weight = self.weight
+        if self.merged_adapter is not None and not self.enabled:
+            weight = self.base_weight()
+        return nn.functional.linear(x, weight.t() if self.fan_in_fan_out else weight, self.bias)
+
+    def _operands(self) -> Operands | None:
+        """None where no adapter acts."""
         # Past nn.Module.__getattr__, which is most of a call's time where the parameters are where they should be.
-        adapter = self._modules["adapters"]._modules[self.active_adapter]
+        adapter = self._modules["adapters"]._modules.get(self.active_adapter)
+        if adapter is None or not self.enabled or self.merged_adapter is not None:
+            return None
         stored = self._parameters
         weight, bias = (stored["weight"], stored["bias"]) if len(stored) == 2 else (self.weight, self.bias)
         if self.fan_in_fan_out:
@@ -279,6 +255,10 @@ class LoRALinear(nn.Module):
             packed=self._current_pack(weight) if self.prepack and not torch.compiler.is_compiling() else None,
             **adapter.parts(),
         )
+
+    def merge(self, *, keep_base: bool = True) -> None:
+        super().merge(keep_base=keep_base)
+        self.drop_packed()
 
     def _current_pack(self, weight: Tensor) -> PackedWeight:
         device = weight.device.type
@@ -298,16 +278,6 @@ class LoRALinear(nn.Module):
     def drop_packed(self) -> None:
         """Forget the packed copies of the weight; the next forward makes them again."""
         self._packed = None
-
-    def share_selection(self, shared: str) -> None:
-        """Let adapters with a PartialConfig draw the columns of A under `shared`, as all layers on this input do."""
-        for adapter in self.adapters.values():
-            if isinstance(adapter, PartialAdapter):
-                adapter.share(shared)
-
-    def reset_lora_parameters(self) -> None:
-        """Draw the active adapter's lora_A and lora_B again, as its init_lora_weights says."""
-        self.adapters[self.active_adapter].reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw weight and bias as nn.Linear does, and every adapter: what a layer made on the meta device needs."""
@@ -337,4 +307,7 @@ class LoRALinear(nn.Module):
     def extra_repr(self) -> str:
         words = [f"{name}={getattr(self, name)}" for name in ("in_features", "out_features")]
         words += [f"bias={self.bias is not None}"]
-        return ", ".join(words + ["fan_in_fan_out=True"] * self.fan_in_fan_out + ["prepack=True"] * self.prepack)
+        words += ["fan_in_fan_out=True"] * self.fan_in_fan_out + ["prepack=True"] * self.prepack
+        words += [f"active_adapter={self.active_adapter!r}"] * (list(self.adapters) != [self.active_adapter])
+        words += ["enabled=False"] * (not self.enabled)
+        return ", ".join(words + [f"merged_adapter={self.merged_adapter!r}"] * (self.merged_adapter is not None))

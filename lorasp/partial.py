@@ -53,14 +53,14 @@ def resample(model: nn.Module) -> None:
 
 
 def select(model: nn.Module, scores: Mapping[str, tuple[Tensor | None, Tensor]]) -> None:
-    """Choose what trains by scores per entry instead of chance: the highest are kept (per block or row: their sum).
+    """Choose what trains of the active adapter by scores per entry: the highest are kept (per block or row: their sum).
 
     scores: layer name -> (score_A (r, in) or None where A is frozen, score_B (out, r)), for any of the layers:
     magnitudes, gradient statistics, whatever the caller has. Layers on one input are chosen together by the sum of
     their scores, so all of them must be named. The effective A and B stay as they are; make the optimizer afterwards.
     Raises ValueError, with nothing changed, for unknown names and scores that do not fit.
     """
-    adapters = {adapter.site.name: adapter for adapter in partial_adapters(model)}
+    adapters = {adapter.site.name: adapter for adapter in _active_adapters(model)}
     if unknown := [name for name in scores if name not in adapters]:
         raise ValueError(
             f"select: scores must name layers with a PartialConfig, got {unknown}; they are {list(adapters)}"
@@ -86,6 +86,16 @@ def select(model: nn.Module, scores: Mapping[str, tuple[Tensor | None, Tensor]])
                 chosen[name] = _scored(adapters[name], one, scores[name][1])
     for name, what in chosen.items():
         adapters[name].choose(what)
+
+
+def _active_adapters(model: nn.Module) -> list[PartialAdapter]:
+    found = []
+    for layer in model.modules():
+        adapters = layer._modules.get("adapters")
+        adapter = adapters._modules.get(layer.active_adapter) if hasattr(layer, "active_adapter") and adapters else None
+        if isinstance(adapter, PartialAdapter):
+            found.append(adapter)
+    return found
 
 
 def _scored(adapter: PartialAdapter, score_A: Tensor | None, score_B: Tensor) -> Selection:

@@ -161,6 +161,9 @@ class SharedInput:
         inference = torch.is_inference_mode_enabled() or not isinstance(x, Tensor) or x.is_inference()
         if inference or self._members[index]() is not layer:
             return layer.compute(x)
+        operands = layer._operands()
+        if operands is None:  # no adapter acts here
+            return layer.compute(x)
         around = surroundings(x)
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
         # The region is known by its unpack hook, which lives as long as something saved in it can be asked for.
@@ -169,7 +172,6 @@ class SharedInput:
         if round is None or round.served >> index & 1 or not round.fits(x, around, region):
             round = self._next_round(_Round(x, around, region))
         round.served |= 1 << index
-        operands = layer._operands()
         outputs = round.outputs()
         if outputs is not None:
             output = outputs.pop(index, None)
@@ -189,6 +191,8 @@ class SharedInput:
             if member is None or member.shared_input is not self or (outputs and other in outputs):
                 continue
             candidate = member._operands()
+            if candidate is None:
+                continue
             state = _state(candidate)
             if self._fit(x, index, *chosen[index], other, candidate, state):
                 chosen[other] = candidate, state

@@ -12,7 +12,7 @@ from tiny_model import TOKENS, WIDTH, Model
 from torch import nn
 
 from lorasp import LoRAConfig, inject, load_adapter, save_adapter
-from lorasp.checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from lorasp.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from lorasp.config import ALL_LINEAR
 
 PREFIX = "base_model.model."

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1]
+# fmt: off
 ALLOWED = {
     "lorasp/rng.py": set(),
     "lorasp/config.py": set(),
@@ -23,14 +24,26 @@ ALLOWED = {
     "lorasp/partial.py": {"adapter", "config", "partial_adapter", "selection"},
     "lorasp/optim": {"adapter", "ops", "optim", "partial_adapter"},
     "lorasp/shared_input.py": {"functional"},
-    "lorasp/nn.py": {"config", "functional", "partial", "partial_adapter", "shared_input"},
+    "lorasp/adapted.py": {"adapter", "config", "partial", "partial_adapter"},
+    "lorasp/nn.py": {"adapted", "config", "functional", "shared_input"},
+    "lorasp/whole_tensors.py": set(),
     "lorasp/model_inputs.py": {"config", "nn"},
-    "lorasp/inject.py": {"config", "model_inputs", "nn", "shared_input"},
+    "lorasp/adapted_model.py": {"config", "nn"},
+    "lorasp/injection_plan.py": {
+        "adapted", "adapted_model", "adapter", "config", "model_inputs", "nn", "partial_adapter",
+    },
+    "lorasp/inject.py": {"adapted_model", "config", "injection_plan", "nn", "shared_input", "whole_tensors"},
+    "lorasp/adapters.py": {"adapted_model", "injection_plan", "nn", "whole_tensors"},
     "lorasp/stored_selection.py": {"adapter", "config", "partial_adapter", "selection"},
-    "lorasp/checkpoint.py": {"adapter", "config", "inject", "nn", "stored_selection"},
-    "lorasp/integrations": {"config", "functional", "inject", "integrations"},
+    "lorasp/adapter_files.py": {"adapter", "config", "stored_selection"},
+    "lorasp/checkpoint.py": {
+        "adapted_model", "adapter", "adapter_files", "config", "inject", "injection_plan", "nn", "stored_selection",
+        "whole_tensors",
+    },
+    "lorasp/integrations": {"adapted_model", "config", "functional", "inject", "integrations"},
     "triton_kernels": {"triton_kernels"},
 }
+# fmt: on
 
 
 def run(code, **environment):

@@ -267,7 +267,7 @@ def test_a_second_injection_is_refused():
     model = Model()
     inject(model, config())
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"has adapters already, in 6 layers such as model\.layers\.0"):
+    with pytest.raises(ValueError, match=r"has an adapter .default. already, in 6 layers such as model\.layers\.0"):
         inject(model, config(target_modules=["up"]))
     assert snapshot(model) == before
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorasp.adapted_model import unwrap
 from lorasp.config import HiddenKeyConfig
 from lorasp.functional import consistency_loss, linear_consistency_loss
-from lorasp.inject import unwrap
 from lorasp.integrations.transformers import home
 
 _IGNORED = -100
