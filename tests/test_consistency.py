@@ -251,15 +251,18 @@ def test_backward_keeps_the_logits_and_24_bytes_a_row():
     st.integers(0, 2**31),
 )
 def test_any_shape(lead, V, dtype, kind, seed):
+    """The rule on many rows, of which any shape holds the same bits: of one row the reference's own error is luck."""
     torch.manual_seed(seed)
-    sides = pair(*lead, V, dtype=dtype)
+    sides = pair(125, V, dtype=dtype)
     rows = consistency_loss(*sides, kind, reduction="none")
-    assert rows.shape == tuple(lead)
     wide = [side.detach().double() for side in sides]
     with lorasp.use_backend("reference"):
         plain = consistency_loss(*(side.float() for side in wide), kind, reduction="none")
         exact = consistency_loss(*wide, kind, reduction="none")
     testing.assert_close(rows, plain, exact, dtype)
+    count = math.prod(lead)
+    shaped = consistency_loss(*(side[:count].view(*lead, V) for side in sides), kind, reduction="none")
+    assert torch.equal(shaped, rows[:count].view(lead))
 
 
 def test_bitwise_repeatable():

@@ -97,7 +97,8 @@ PATTERNS = [(make, "column", "element") for make in FAMILIES] + [
 @pytest.mark.parametrize(("make", "over_keys", "over_ffn"), PATTERNS)
 def test_training_drops_what_the_masks_say_in_the_chosen_layers(make, over_keys, over_ffn, seeds, monkeypatch):
     config = HiddenKeyConfig(**RATES, attention_pattern=over_keys, hidden_pattern=over_ffn, disable_other_dropout=True)
-    model = build(make)
+    # In fp64: through a chain of softmaxes two fp32 runs differ by luck; the kernels are held to the rule one by one.
+    model = build(make, torch.float64)
     apply_hiddenkey(model, config)
     actual = loss_and_gradients(model.train(), batch(make))
     assert [len(seeds["attention"]), len(seeds["ffn"])] == [len(names) for names in CHOSEN[make]]

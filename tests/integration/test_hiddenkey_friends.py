@@ -31,7 +31,7 @@ from lorasp import HiddenKeyConfig, apply_hiddenkey, hiddenkey_step, remove_hidd
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("make", FAMILIES)
 def test_checkpointed_layers_drop_the_same_again(make, reentrant):
-    model = applied(make)
+    model = applied(make).double()
     expected = precisions(model, make)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()

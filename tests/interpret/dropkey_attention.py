@@ -13,6 +13,7 @@ from lorasp import rng
 from lorasp.reference import dropkey_attention as reference
 from lorasp.testing import assert_close
 from lorasp.testing.dropkey_attention import Case, check_case
+from lorasp.testing.rule import bound, error
 from lorasp.triton_kernels import dropkey_attention as kernels
 from lorasp.triton_kernels import launch
 
@@ -25,7 +26,7 @@ PATTERNS = ("column", "element", "span")
 SMALL = Case(1, 2, 2, 17, 24, 16, 16)
 GROUPED = Case(2, 4, 2, 20, 33, 16, 32)
 WIDE = Case(1, 2, 1, 40, 19, 20, 7)
-ROW = Case(2, 2, 2, 1, 40, 32, 16)
+ROW = Case(5, 3, 3, 1, 40, 32, 16)
 TINY = Case(1, 1, 1, 3, 1, 1, 1)
 CASES = (
     SMALL,
@@ -139,7 +140,15 @@ def test_additive_masks_of_every_shape(broadcast):
     want = run(reference, *inputs, mask, **options)[5]
     want64 = run(reference, *(t.double() for t in (*inputs, mask)), **options)[5]
     assert actual.shape == mask.shape
-    assert_close(actual, want, want64, F32, "dmask")
+    if not broadcast[3]:
+        assert_close(actual, want, want64, F32, "dmask")
+        return
+    # A softmax does not feel what all keys get alike: the gradient is 0, and its rounding, against the reference's
+    # rounding, is luck. Each of the n terms has what the rule allows a term; their sum may have n times that.
+    terms = mask.expand(B, H, Sq, Sk).contiguous()
+    one = run(reference, *inputs, terms, **options)[5]
+    one64 = run(reference, *(t.double() for t in (*inputs, terms)), **options)[5]
+    assert error(actual, want64) <= terms.numel() // mask.numel() * bound(one, one64, F32)
 
 
 @pytest.mark.parametrize("wide", [False, True])
