@@ -10,7 +10,18 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from lorasp import LoRAConfig, LoRALinear, PartialConfig, inject, load_adapter, save_adapter, testing, use_backend
+from lorasp import (
+    LoRAConfig,
+    LoRALinear,
+    PartialConfig,
+    disable_adapter,
+    inject,
+    load_adapter,
+    merge,
+    save_adapter,
+    set_adapter,
+    testing,
+)
 
 SIZES = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 56, "num_attention_heads": 4, "num_hidden_layers": 2}
 TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
@@ -91,21 +102,28 @@ def low_rank(model: nn.Module) -> dict[str, Tensor]:
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
-            found[f"{name} A"], found[f"{name} B"] = module.lora_A, module.lora_B
+            if module.active_adapter in module.adapters:
+                found[f"{name} A"], found[f"{name} B"] = module.lora_A, module.lora_B
         elif hasattr(module, "base_layer") and hasattr(module, "lora_A"):
             name = name.removeprefix("base_model.model.")
-            found[f"{name} A"] = module.lora_A["default"].weight
-            found[f"{name} B"] = module.lora_B["default"].weight
+            (active,) = module.active_adapters
+            if active in module.lora_A:
+                found[f"{name} A"], found[f"{name} B"] = module.lora_A[active].weight, module.lora_B[active].weight
     return found
+
+
+def logits_of(model: nn.Module, generator: torch.Generator | None = None) -> Tensor:
+    generator = generator or torch.Generator().manual_seed(5)
+    inputs = {"input_ids": torch.randint(3, 48, (2, 7), generator=generator)}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = torch.randint(3, 48, (2, 5), generator=generator)
+    return model(**inputs).logits
 
 
 def run(model: nn.Module) -> dict[str, Tensor]:
     """Outputs and the gradients of the low-rank tensors that train."""
     generator = torch.Generator().manual_seed(5)
-    inputs = {"input_ids": torch.randint(3, 48, (2, 7), generator=generator)}
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = torch.randint(3, 48, (2, 5), generator=generator)
-    logits = model(**inputs).logits
+    logits = logits_of(model, generator)
     direction = torch.randn(logits.shape, generator=generator, dtype=torch.float64).to(logits.dtype)
     training = {name: tensor for name, tensor in low_rank(model).items() if tensor.requires_grad and tensor.is_leaf}
     gradients = torch.autograd.grad(logits, list(training.values()), direction) if training else ()
@@ -134,6 +152,30 @@ def adapted(peft: PeftModel) -> dict[str, nn.Module]:
         for name, module in peft.named_modules()
         if hasattr(module, "base_layer") and hasattr(module, "lora_A")
     }
+
+
+@pytest.mark.parametrize("make", [roberta, gpt2])
+def test_pefts_several_adapters_load_and_switch_as_in_peft(make, tmp_path):
+    peft = peft_model(build(make), **arguments(make, "modules_to_save"))
+    peft.add_adapter("other", LoraConfig(**arguments(make, "rslora") | {"r": 2, "target_modules": TARGETS[make][:1]}))
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if "lora_" in name or ".modules_to_save." in name:
+                parameter.add_(torch.randn_like(parameter) / 8)
+    peft.save_pretrained(tmp_path)
+    ours = build(make)
+    load_adapter(ours, tmp_path)
+    load_adapter(ours, tmp_path / "other", "other")
+    base = build(make)
+    for name in ("default", "other", "default"):
+        peft.set_adapter(name)
+        set_adapter(ours, name)
+        assert_same_logits(ours, peft)
+        with disable_adapter(ours):
+            assert torch.equal(logits_of(ours), logits_of(base))
+    merge(ours)
+    peft.merge_adapter()
+    assert_same_logits(ours, peft)
 
 
 def pair(make, freeze_A: bool) -> tuple[nn.Module, PeftModel]:
@@ -255,9 +297,8 @@ def test_adapters_of_which_a_part_trained_go_to_peft_and_back(make, granularity,
 
 
 def assert_same_logits(ours: nn.Module, peft: nn.Module) -> None:
-    with use_backend("reference"):
-        actual = run(ours)["logits"]
-    testing.assert_close(actual, run(peft)["logits"], run(copy.deepcopy(peft).double())["logits"], torch.float32)
+    actual, exact = (logits_of(copy.deepcopy(model).double()) for model in (ours, peft))
+    testing.assert_close(actual, logits_of(peft), exact, torch.float32)
 
 
 def test_a_pair_that_peft_wrote_again_is_pefts_own(tmp_path):
