@@ -11,6 +11,7 @@ from lorasp.functional import (
     linear_consistency_loss,
     lora_linear,
     lora_linear_group,
+    lora_update,
     pack_weight,
 )
 from lorasp.inject import InjectReport, inject
@@ -48,6 +49,7 @@ __all__ = [
     "load_adapter",
     "lora_linear",
     "lora_linear_group",
+    "lora_update",
     "pack_weight",
     "remove_hiddenkey",
     "resample",
