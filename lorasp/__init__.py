@@ -21,6 +21,8 @@ from lorasp.nn import LoRALinear
 from lorasp.ops.registry import available_backends, use_backend
 from lorasp.optim import LoRAFAAdamW, PartialAdamW
 from lorasp.partial import resample, select
+from lorasp.quantized import frozen_base
+from lorasp.quantized_linear import QuantizedLoRALinear, quantized_lora_linear
 from lorasp.shared_input import SharedInput
 
 __version__ = "0.1.0"
@@ -37,11 +39,13 @@ __all__ = [
     "Partial",
     "PartialAdamW",
     "PartialConfig",
+    "QuantizedLoRALinear",
     "SharedInput",
     "apply_hiddenkey",
     "available_backends",
     "consistency_loss",
     "dropkey_attention",
+    "frozen_base",
     "hidden_cut",
     "hiddenkey_step",
     "inject",
@@ -51,6 +55,7 @@ __all__ = [
     "lora_linear_group",
     "lora_update",
     "pack_weight",
+    "quantized_lora_linear",
     "remove_hiddenkey",
     "resample",
     "save_adapter",

@@ -10,6 +10,8 @@ from torch import nn
 from lorasp.config import ALL_LINEAR, LoRAConfig, layer_index, matches_end, matches_names
 from lorasp.model_inputs import mark_kept_inputs, shared_inputs
 from lorasp.nn import DEFAULT_ADAPTER, DTYPES, LoRALinear, is_conv1d
+from lorasp.quantized import frozen_base, parameter_count
+from lorasp.quantized_linear import QuantizedLoRALinear
 from lorasp.shared_input import SharedInput
 
 # Their fused kernels read out_proj.weight itself, past any adapter (PEFT refuses the same).
@@ -68,13 +70,14 @@ class Plan:
 def inject(model: nn.Module, config: LoRAConfig) -> InjectReport:
     """Replace the targeted linear layers of `model` by LoRALinear, in place, and freeze everything else.
 
-    Weights and biases are shared, not copied; training mode and forward/backward hooks are kept. A layer that stands
-    under several names is adapted once, under all of them. config.modules_to_save train in full, where they stand.
-    config.bias says which biases train.
+    Weights and biases are shared, not copied; training mode and forward/backward hooks are kept. Quantised layers of
+    bitsandbytes and torchao stay as they are, inside a QuantizedLoRALinear. A layer that stands under several names is
+    adapted once, under all of them. config.modules_to_save train in full, where they stand. config.bias says which
+    biases train.
 
     Raises ValueError or TypeError, with the model as it was, if a target names nothing, names a layer that cannot carry
-    an adapter (quantised, parametrised, read past its forward), if nothing is left to adapt, or if there are adapters
-    already. "all-linear" skips such layers and the output head, and the report says why.
+    an adapter (quantised by something else, parametrised, read past its forward), if nothing is left to adapt, or if
+    there are adapters already. "all-linear" skips such layers and the output head, and the report says why.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"inject: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -115,7 +118,7 @@ def report(model: nn.Module, skipped: dict[str, str]) -> InjectReport:
         adapted=tuple(layers),
         skipped=skipped,
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
-        total=sum(p.numel() for p in parameters if p not in standing) + factors,
+        total=sum(parameter_count(p) for p in parameters if p not in standing) + factors,
         groups=shared_groups(layers),
     )
 
@@ -167,7 +170,8 @@ def make_plan(model: nn.Module, config: LoRAConfig, where: str, *, strict: bool 
         if first != name:
             plan.skipped[name] = f"the same module as {first}"
             continue
-        plan.layers[name] = LoRALinear.beside(modules[name], config.for_module(name), name, peers)
+        kind = LoRALinear if frozen_base(modules[name]) is None else QuantizedLoRALinear
+        plan.layers[name] = kind.beside(modules[name], config.for_module(name), name, peers)
         for hooks in _HOOKS:
             setattr(plan.layers[name], hooks, getattr(modules[name], hooks))
     for name, module in modules.items():
@@ -221,6 +225,9 @@ def _check_patterns(plan: Plan, where: str) -> None:
 def _check_saved(model: nn.Module, saved: dict[str, nn.Module], where: str) -> None:
     """Modules trained in full must be able to, and must not drag a frozen one along (PEFT would untie it)."""
     for name, module in saved.items():
+        for key, child in module.named_modules(prefix=name):
+            if frozen_base(child) is not None:
+                raise ValueError(f"{where}: modules_to_save must be able to train: {key} is a quantised layer")
         for key, parameter in module.named_parameters():
             if not parameter.is_floating_point():
                 raise ValueError(f"{where}: modules_to_save must be able to train: {name}.{key} is {parameter.dtype}")
@@ -274,21 +281,33 @@ def _obstacle(model: nn.Module, modules: dict[str, nn.Module], name: str) -> str
     parent_name, _, child = name.rpartition(".")
     if not name:
         return "is the model itself (use LoRALinear.from_linear)"
-    if not isinstance(module, nn.Linear) and not is_conv1d(module):
-        return f"{kind} is not a linear layer"
-    plain = nn.Linear if isinstance(module, nn.Linear) else type(module)
-    if type(module).forward is not plain.forward or "forward" in vars(module):
+    base = frozen_base(module)
+    if isinstance(base, str):
+        return base
+    if base is None and (obstacle := _plain_obstacle(module)):
+        return obstacle
+    if "forward" in vars(module):
         return f"{kind} has a forward of its own"
-    weight = module._parameters.get("weight")
-    if weight is None:
-        return "its weight is computed, not stored (parametrised)"
-    if type(weight) is not nn.Parameter or weight.dtype not in DTYPES:
-        return f"its weight is a {type(weight).__name__} of {weight.dtype}"
     parent = modules[parent_name]
     if isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):
         return f"{_kind(parent)} reads its weight directly, past any adapter"
     if child == "out_proj" and getattr(getattr(model, "config", None), "model_type", None) in _MAMBA:
         return "Mamba's kernels read its weight directly, past any adapter"
+    return None
+
+
+def _plain_obstacle(module: nn.Module) -> str | None:
+    """What a layer that is not quantised lacks to carry an adapter."""
+    if not isinstance(module, nn.Linear) and not is_conv1d(module):
+        return f"{_kind(module)} is not a linear layer"
+    plain = nn.Linear if isinstance(module, nn.Linear) else type(module)
+    if type(module).forward is not plain.forward:
+        return f"{_kind(module)} has a forward of its own"
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "its weight is computed, not stored (parametrised)"
+    if type(weight) is not nn.Parameter or weight.dtype not in DTYPES:
+        return f"its weight is a {type(weight).__name__} of {weight.dtype}"
     return None
 
 

@@ -82,6 +82,8 @@ class LoRALinear(nn.Module):
 
     shared_input: SharedInput | None = None
     shared_index = 0
+    can_share_input = True
+    fan_in_fan_out = False
 
     def __init__(
         self,
@@ -144,6 +146,11 @@ class LoRALinear(nn.Module):
             raise TypeError(f"LoRALinear.from_linear: linear must be nn.Linear or Conv1D, got {type(linear).__name__}")
         if not isinstance(linear.weight, nn.Parameter):
             raise TypeError("LoRALinear.from_linear: weight must be a Parameter, got a computed one")
+        if type(linear.weight) is not nn.Parameter:
+            raise TypeError(
+                f"LoRALinear.from_linear: weight must be a plain Parameter, got a {type(linear.weight).__name__} "
+                "(quantised layers: inject(), QuantizedLoRALinear.from_linear)"
+            )
         if linear.weight.dtype not in DTYPES:
             raise TypeError(
                 f"LoRALinear.from_linear: weight must be {', '.join(map(str, DTYPES))}, got {linear.weight.dtype}"
@@ -167,17 +174,32 @@ class LoRALinear(nn.Module):
         if adapter_dtype.itemsize < weight.dtype.itemsize:
             raise ValueError(f"LoRALinear: adapter_dtype must be None for {weight.dtype}, got {adapter_dtype}")
         self.fan_in_fan_out = fan_in_fan_out
-        self.prepack = arguments.pop("prepack")
         self.register_parameter("weight", weight)
         self.register_parameter("bias", bias)
-        self.out_features, self.in_features = weight.t().shape if fan_in_fan_out else weight.shape
+        out_features, in_features = weight.t().shape if fan_in_fan_out else weight.shape
+        self._begin(in_features, out_features, weight.device, adapter_dtype, arguments, name, peers)
+
+    def _begin(
+        self,
+        in_features: int,
+        out_features: int,
+        device: torch.device,
+        adapter_dtype: torch.dtype,
+        arguments: dict,
+        name: str,
+        peers: Sequence[str],
+    ) -> None:
+        """All that is not the frozen weight; arguments: LoRAConfig.adapter_arguments without adapter_dtype."""
+        arguments = dict(arguments)
+        self.prepack = arguments.pop("prepack")
+        self.in_features, self.out_features = in_features, out_features
         self.active_adapter = DEFAULT_ADAPTER
         # Save x itself where x[:, J] would do: something else keeps this x alive anyway.
         self.keep_input = False
         self._packed: _Packed | None = None
         self._checked: tuple = (None, None)
-        arguments |= {"name": name, "peers": peers, "device": weight.device, "dtype": adapter_dtype}
-        adapter = make_adapter(self.in_features, self.out_features, **arguments)
+        arguments |= {"name": name, "peers": peers, "device": device, "dtype": adapter_dtype}
+        adapter = make_adapter(in_features, out_features, **arguments)
         self.adapters = nn.ModuleDict({DEFAULT_ADAPTER: adapter})
 
     @property

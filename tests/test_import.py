@@ -25,7 +25,9 @@ ALLOWED = {
     "lorasp/shared_input.py": {"functional"},
     "lorasp/nn.py": {"config", "functional", "partial", "partial_adapter", "shared_input"},
     "lorasp/model_inputs.py": {"config", "nn"},
-    "lorasp/inject.py": {"config", "model_inputs", "nn", "shared_input"},
+    "lorasp/quantized.py": set(),
+    "lorasp/quantized_linear.py": {"config", "functional", "nn", "ops", "quantized"},
+    "lorasp/inject.py": {"config", "model_inputs", "nn", "quantized", "quantized_linear", "shared_input"},
     "lorasp/stored_selection.py": {"adapter", "config", "partial_adapter", "selection"},
     "lorasp/checkpoint.py": {"adapter", "config", "inject", "nn", "stored_selection"},
     "lorasp/integrations": {"config", "functional", "inject", "integrations"},
@@ -44,6 +46,7 @@ def test_cold_import_touches_no_heavy_module_and_no_gpu():
         import sys, torch
         import lorasp
         heavy = {"triton", "transformers", "peft", "rich", "matplotlib", "safetensors", "triton_kernels"}
+        heavy |= {"bitsandbytes", "torchao"}
         print(sorted(heavy & set(sys.modules)), torch.cuda.is_initialized())
     """)
     assert result.stdout.strip() == "[] False", result.stderr

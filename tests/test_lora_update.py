@@ -218,6 +218,22 @@ def test_opcheck(backend):
         torch.library.opcheck(backward_ops[backend], (*arguments, need_dA, need_dB))
 
 
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_dx_is_added_to_what_is_there(backend, p):
+    inputs = make_inputs(Case(6, 16, 12, 4))
+    there, A, B, dy = (inputs[name] for name in ("x", "lora_A", "lora_B", "dy"))
+    keep = rng.keep_mask(3, (6, 16), p, rng.PURPOSE_LORA_DROPOUT)
+
+    def formula(dtype):
+        low_rank = (0.5 * rng.rescale(p)) * dy.to(dtype) @ B.to(dtype) @ A.to(dtype)
+        return there.to(dtype) + torch.where(keep, low_rank, 0)
+
+    dx = there.clone()
+    backward_ops[backend](dx, dy, None, A, B, None, torch.tensor(3), 0.5, p, 0, False, False)
+    testing.assert_close(dx, formula(torch.float32), formula(torch.float64), torch.float32)
+
+
 def bad(message, error=ValueError, **changes):
     return pytest.param(changes, error, message, id=message)
 

@@ -10,7 +10,8 @@ from lorasp.testing.lora_update import Case, check_case
 
 
 def test_interpreted():
-    run_interpreted("interpret/lora_update.py", "test_lora_update.py::test_opcheck")
+    tests = ("test_opcheck[triton]", "test_dx_is_added_to_what_is_there[triton-0.5]")
+    run_interpreted("interpret/lora_update.py", *(f"test_lora_update.py::{name}" for name in tests))
 
 
 @pytest.mark.gpu

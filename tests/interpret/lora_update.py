@@ -18,9 +18,9 @@ HALF = torch.float16
     "case",
     [
         Case(1, 1, 1, 1),
-        Case(63, 129, 65, 8, dropout_p=0.1),
+        Case(33, 65, 40, 8, dropout_p=0.1),
         Case(33, 72, 40, 64, HALF, freeze_A=True, dropout_p=0.5),
-        Case(65, 40, 130, 3, HALF, masters=True, dropout_p=0.1),
+        Case(65, 40, 33, 3, HALF, masters=True, dropout_p=0.1),
         Case(2, 300, 17, 24, freeze_B=True),
         Case(40, 33, 65, 16, freeze_A=True, need_dx=False),
         Case(0, 5, 3, 2),
