@@ -12,6 +12,7 @@ from lorasp.functional import (
     linear_consistency_loss,
     lora_linear,
     lora_linear_group,
+    lora_update,
     pack_weight,
 )
 from lorasp.inject import InjectReport, inject
@@ -21,6 +22,8 @@ from lorasp.nn import LoRALinear
 from lorasp.ops.registry import available_backends, use_backend
 from lorasp.optim import LoRAFAAdamW, PartialAdamW
 from lorasp.partial import resample, select
+from lorasp.quantized import frozen_base
+from lorasp.quantized_linear import QuantizedLoRALinear, quantized_lora_linear
 from lorasp.shared_input import SharedInput
 
 __version__ = "0.1.0"
@@ -37,6 +40,7 @@ __all__ = [
     "Partial",
     "PartialAdamW",
     "PartialConfig",
+    "QuantizedLoRALinear",
     "SharedInput",
     "apply_hiddenkey",
     "available_backends",
@@ -44,6 +48,7 @@ __all__ = [
     "delete_adapter",
     "disable_adapter",
     "dropkey_attention",
+    "frozen_base",
     "hidden_cut",
     "hiddenkey_step",
     "inject",
@@ -51,8 +56,10 @@ __all__ = [
     "load_adapter",
     "lora_linear",
     "lora_linear_group",
+    "lora_update",
     "merge",
     "pack_weight",
+    "quantized_lora_linear",
     "remove_hiddenkey",
     "resample",
     "save_adapter",

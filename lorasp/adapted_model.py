@@ -41,7 +41,7 @@ def whole_keys(model: nn.Module, config: LoRAConfig, layers: Iterable[str]) -> l
     parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     keys = []
     if config.bias == "lora_only":
-        biases = {f"{name}.bias" for name in layers}
+        biases = {f"{name}.{bias}" for name in layers for bias in ("bias", "base_layer.bias")}
         keys += [name for name in parameters if name in biases]
     if config.bias == "all":
         keys += [name for name in parameters if name.rpartition(".")[2] == "bias"]

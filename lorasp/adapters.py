@@ -8,6 +8,7 @@ from torch import nn
 from lorasp.adapted_model import active_adapter, adapted_layers, adapter_configs, unwrap
 from lorasp.injection_plan import HOOKS
 from lorasp.nn import LoRALinear
+from lorasp.quantized_linear import QuantizedLoRALinear
 from lorasp.whole_tensors import BASE, WholeTensors
 
 
@@ -129,6 +130,8 @@ def unload(model: nn.Module) -> None:
 
 def _plain(layer: LoRALinear) -> nn.Module:
     """The frozen layer alone, as the module it was; its weight and bias are the layer's own Parameters."""
+    if isinstance(layer, QuantizedLoRALinear):
+        return layer.base_layer
     if layer.fan_in_fan_out:
         from transformers.pytorch_utils import Conv1D
 

@@ -9,6 +9,7 @@ from lorasp.adapted_model import active_adapter, adapted_layers, adapter_configs
 from lorasp.config import LoRAConfig
 from lorasp.injection_plan import Plan, make_plan
 from lorasp.nn import DEFAULT_ADAPTER, LoRALinear
+from lorasp.quantized import parameter_count
 from lorasp.shared_input import SharedInput
 from lorasp.whole_tensors import WholeTensors
 
@@ -43,16 +44,18 @@ class InjectReport:
 def inject(model: nn.Module, config: LoRAConfig, adapter_name: str = DEFAULT_ADAPTER) -> InjectReport:
     """Replace the targeted linear layers of `model` by LoRALinear, in place, and freeze everything else.
 
-    Weights and biases are shared, not copied; training mode and forward/backward hooks are kept. A layer that stands
-    under several names is adapted once, under all of them. config.modules_to_save train in full, where they stand, and
-    so do the biases config.bias names; a copy of what they were is kept for disable_adapter and other adapters.
+    Weights and biases are shared, not copied; training mode and forward/backward hooks are kept. Quantised layers of
+    bitsandbytes and torchao stay as they are, inside a QuantizedLoRALinear. A layer that stands under several names is
+    adapted once, under all of them. config.modules_to_save train in full, where they stand, and so do the biases
+    config.bias names; a copy of what they were is kept for disable_adapter and other adapters.
 
     Called again with another adapter_name, it puts a second adapter into the model, beside the first one where both
     want a layer. As in PEFT it neither acts nor trains until set_adapter(model, adapter_name).
 
     Raises ValueError or TypeError, with the model as it was, if a target names nothing, names a layer that cannot carry
-    an adapter (quantised, parametrised, read past its forward), if nothing is left to adapt, if the name is taken, or
-    if an adapter is merged. "all-linear" skips such layers and the output head, and the report says why.
+    an adapter (quantised by something else, parametrised, read past its forward), if nothing is left to adapt, if the
+    name is taken, or if an adapter is merged. "all-linear" skips such layers and the output head, and the report says
+    why.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"inject: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -99,7 +102,7 @@ def report(model: nn.Module, skipped: dict[str, str]) -> InjectReport:
         adapted=tuple(layers),
         skipped=skipped,
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
-        total=sum(p.numel() for p in parameters if p not in standing) + factors,
+        total=sum(parameter_count(p) for p in parameters if p not in standing) + factors,
         groups=shared_groups(layers),
     )
 

@@ -14,6 +14,8 @@ from lorasp.config import ALL_LINEAR, LoRAConfig, layer_index, matches_end, matc
 from lorasp.model_inputs import kept_inputs, shared_inputs
 from lorasp.nn import DEFAULT_ADAPTER, DTYPES, LoRALinear, is_conv1d
 from lorasp.partial_adapter import PartialAdapter
+from lorasp.quantized import frozen_base
+from lorasp.quantized_linear import QuantizedLoRALinear
 
 # Their fused kernels read out_proj.weight itself, past any adapter (PEFT refuses the same).
 _MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
@@ -81,7 +83,8 @@ def make_plan(
             plan.layers[name] = module
             plan.adapters[name] = module.make_adapter(layer_config, name, peers)
             continue
-        layer = plan.layers[name] = LoRALinear.beside(module, layer_config, name, peers, adapter)
+        kind = LoRALinear if frozen_base(module) is None else QuantizedLoRALinear
+        layer = plan.layers[name] = kind.beside(module, layer_config, name, peers, adapter)
         plan.adapters[name] = layer.adapters[adapter]
         for hooks in HOOKS:
             setattr(layer, hooks, getattr(module, hooks))
@@ -158,6 +161,9 @@ def _check_saved(model: nn.Module, saved: dict[str, nn.Module], adapted: dict[st
             f"{where}: modules_to_save must not hold layers that another adapter adapts, such as {inside[0]}"
         )
     for name, module in saved.items():
+        for key, child in module.named_modules(prefix=name):
+            if frozen_base(child) is not None:
+                raise ValueError(f"{where}: modules_to_save must be able to train: {key} is a quantised layer")
         for key, parameter in module.named_parameters():
             if not parameter.is_floating_point():
                 raise ValueError(f"{where}: modules_to_save must be able to train: {name}.{key} is {parameter.dtype}")
@@ -218,21 +224,33 @@ def _obstacle(model: nn.Module, modules: dict[str, nn.Module], name: str) -> str
     parent_name, _, child = name.rpartition(".")
     if not name:
         return "is the model itself (use LoRALinear.from_linear)"
-    if not isinstance(module, nn.Linear) and not is_conv1d(module):
-        return f"{kind} is not a linear layer"
-    plain = nn.Linear if isinstance(module, nn.Linear) else type(module)
-    if type(module).forward is not plain.forward or "forward" in vars(module):
+    base = frozen_base(module)
+    if isinstance(base, str):
+        return base
+    if base is None and (obstacle := _plain_obstacle(module)):
+        return obstacle
+    if "forward" in vars(module):
         return f"{kind} has a forward of its own"
-    weight = module._parameters.get("weight")
-    if weight is None:
-        return "its weight is computed, not stored (parametrised)"
-    if type(weight) is not nn.Parameter or weight.dtype not in DTYPES:
-        return f"its weight is a {type(weight).__name__} of {weight.dtype}"
     parent = modules[parent_name]
     if isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):
         return f"{_kind(parent)} reads its weight directly, past any adapter"
     if child == "out_proj" and getattr(getattr(model, "config", None), "model_type", None) in _MAMBA:
         return "Mamba's kernels read its weight directly, past any adapter"
+    return None
+
+
+def _plain_obstacle(module: nn.Module) -> str | None:
+    """What a layer that is not quantised lacks to carry an adapter."""
+    if not isinstance(module, nn.Linear) and not is_conv1d(module):
+        return f"{_kind(module)} is not a linear layer"
+    plain = nn.Linear if isinstance(module, nn.Linear) else type(module)
+    if type(module).forward is not plain.forward:
+        return f"{_kind(module)} has a forward of its own"
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "its weight is computed, not stored (parametrised)"
+    if type(weight) is not nn.Parameter or weight.dtype not in DTYPES:
+        return f"its weight is a {type(weight).__name__} of {weight.dtype}"
     return None
 
 

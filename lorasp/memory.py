@@ -9,8 +9,9 @@ from torch import Tensor, nn
 def saved_bytes(fn: Callable[[], object], exclude: nn.Module | Tensor | Iterable[nn.Module | Tensor] = ()) -> int:
     """Bytes of the distinct storages that autograd saves for backward while `fn` runs.
 
-    exclude: modules (their parameters, buffers and prepacked weights) and tensors whose storages do not count. A
-    storage counts once and whole, however many views of it are saved: three layers that save the same x save it once.
+    exclude: modules (their parameters, buffers, prepacked and quantised weights) and tensors whose storages do not
+    count. A storage counts once and whole, however many views of it are saved: three layers that save the same x save
+    it once.
     Only what goes through saved-tensor hooks is seen, which is all that save_for_backward keeps. `fn` runs once;
     nothing is kept alive after.
     """
@@ -37,3 +38,4 @@ def _standing(module: nn.Module) -> Iterator[Tensor]:
     yield from module.buffers()
     for part in module.modules():
         yield from getattr(part, "packed", None) or ()
+        yield from getattr(part, "frozen_tensors", None) or ()

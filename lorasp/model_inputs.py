@@ -106,6 +106,8 @@ def _named(names: tuple[str, ...], layers: Mapping[str, LoRALinear], where: str)
 def _obstacle(members: Mapping[str, LoRALinear]) -> str | None:
     """What these layers must have in common and do not."""
     layers = list(members.values())
+    if not all(layer.can_share_input for layer in layers):
+        return "weights that are not quantised"
     for what, values in (
         ("the same in_features", {layer.in_features for layer in layers}),
         ("the same device", {layer.weight.device for layer in layers}),

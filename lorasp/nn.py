@@ -83,6 +83,8 @@ class LoRALinear(AdaptedLinear):
 
     shared_input: SharedInput | None = None
     shared_index = 0
+    can_share_input = True
+    fan_in_fan_out = False
 
     def __init__(
         self,
@@ -153,6 +155,11 @@ class LoRALinear(AdaptedLinear):
             raise TypeError(f"LoRALinear.from_linear: linear must be nn.Linear or Conv1D, got {type(linear).__name__}")
         if not isinstance(linear.weight, nn.Parameter):
             raise TypeError("LoRALinear.from_linear: weight must be a Parameter, got a computed one")
+        if type(linear.weight) is not nn.Parameter:
+            raise TypeError(
+                f"LoRALinear.from_linear: weight must be a plain Parameter, got a {type(linear.weight).__name__} "
+                "(quantised layers: inject(), QuantizedLoRALinear.from_linear)"
+            )
         if linear.weight.dtype not in DTYPES:
             raise TypeError(
                 f"LoRALinear.from_linear: weight must be {', '.join(map(str, DTYPES))}, got {linear.weight.dtype}"
@@ -173,10 +180,14 @@ class LoRALinear(AdaptedLinear):
         adapter: str = DEFAULT_ADAPTER,
     ) -> None:
         self.fan_in_fan_out = fan_in_fan_out
-        self.prepack = arguments["prepack"]
         self.register_parameter("weight", weight)
         self.register_parameter("bias", bias)
         self.out_features, self.in_features = weight.t().shape if fan_in_fan_out else weight.shape
+        self._begin(arguments, name, peers, adapter)
+
+    def _begin(self, arguments: dict, name: str, peers: Sequence[str], adapter: str) -> None:
+        """All that is not the frozen weight; arguments: LoRAConfig.adapter_arguments()."""
+        self.prepack = arguments["prepack"]
         # Save x itself where x[:, J] would do: something else keeps this x alive anyway.
         self.keep_input = False
         self._packed: _Packed | None = None

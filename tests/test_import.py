@@ -26,14 +26,19 @@ ALLOWED = {
     "lorasp/shared_input.py": {"functional"},
     "lorasp/adapted.py": {"adapter", "config", "partial", "partial_adapter"},
     "lorasp/nn.py": {"adapted", "config", "functional", "shared_input"},
+    "lorasp/quantized.py": set(),
+    "lorasp/quantized_linear.py": {"adapter", "config", "functional", "nn", "ops", "quantized"},
     "lorasp/whole_tensors.py": set(),
     "lorasp/model_inputs.py": {"config", "nn"},
     "lorasp/adapted_model.py": {"config", "nn"},
     "lorasp/injection_plan.py": {
-        "adapted", "adapted_model", "adapter", "config", "model_inputs", "nn", "partial_adapter",
+        "adapted", "adapted_model", "adapter", "config", "model_inputs", "nn", "partial_adapter", "quantized",
+        "quantized_linear",
     },
-    "lorasp/inject.py": {"adapted_model", "config", "injection_plan", "nn", "shared_input", "whole_tensors"},
-    "lorasp/adapters.py": {"adapted_model", "injection_plan", "nn", "whole_tensors"},
+    "lorasp/inject.py": {
+        "adapted_model", "config", "injection_plan", "nn", "quantized", "shared_input", "whole_tensors",
+    },
+    "lorasp/adapters.py": {"adapted_model", "injection_plan", "nn", "quantized_linear", "whole_tensors"},
     "lorasp/stored_selection.py": {"adapter", "config", "partial_adapter", "selection"},
     "lorasp/adapter_files.py": {"adapter", "config", "stored_selection"},
     "lorasp/checkpoint.py": {
@@ -57,6 +62,7 @@ def test_cold_import_touches_no_heavy_module_and_no_gpu():
         import sys, torch
         import lorasp
         heavy = {"triton", "transformers", "peft", "rich", "matplotlib", "safetensors", "triton_kernels"}
+        heavy |= {"bitsandbytes", "torchao"}
         print(sorted(heavy & set(sys.modules)), torch.cuda.is_initialized())
     """)
     assert result.stdout.strip() == "[] False", result.stderr

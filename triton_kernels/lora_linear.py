@@ -126,15 +126,7 @@ def backward(
     A, B = lora_A.to(dy.dtype).contiguous(), lora_B.to(dy.dtype).contiguous()
     with device_of(dy):
         scale = scale * dropout.rescale
-        need_g = need_dx or need_dA
-        block_m = tuning.one_pass_config(target, dy.dtype, M, R, aligned=_vectorizes(dy)).block_m
-        if need_g and need_dB and tuning.one_pass_over_dy(M, N, R, dy.element_size(), block_m):
-            g, dB = _project_outer(dy, B, xa, scale, mask_B, lora_B.dtype, target)
-        else:
-            if need_g:
-                g = _project(dy, B, scale, _NO_DROPOUT, target, rank_first=False)
-            if need_dB:
-                dB = _outer(dy, xa.contiguous(), lora_B.dtype, mask_B, _NO_DROPOUT, target, rank_first=False)
+        g, dB = _from_dy(dy, B, xa, scale, mask_B, lora_B.dtype, need_dx or need_dA, need_dB, target)
         if need_dA:
             dA = _outer(_with_unit_stride(x), g, lora_A.dtype, mask_A, dropout, target, rank_first=True)
         if need_dx and chosen.name == "addmm":
@@ -143,6 +135,19 @@ def backward(
         elif need_dx:
             dx = _gemm(dy, weight, None, g, A, dropout, chosen.gemm, target, rank_first=True)
         return dx, dA, dB
+
+
+def _from_dy(dy, lora_B, xa, scale, mask_B, dtype, need_g, need_dB, target) -> tuple[Tensor | None, Tensor]:
+    """(g, dB) as _project_outer gives them, in one pass over dy where that moves fewer bytes than two; g may be None,
+    dB is (0,) where it is not needed."""
+    (M, N), R = dy.shape, lora_B.shape[1]
+    block_m = tuning.one_pass_config(target, dy.dtype, M, R, aligned=_vectorizes(dy)).block_m
+    if need_g and need_dB and tuning.one_pass_over_dy(M, N, R, dy.element_size(), block_m):
+        return _project_outer(dy, lora_B, xa, scale, mask_B, dtype, target)
+    g = _project(dy, lora_B, scale, _NO_DROPOUT, target, rank_first=False) if need_g else None
+    if not need_dB:
+        return g, dy.new_empty(0)
+    return g, _outer(dy, xa.contiguous(), dtype, mask_B, _NO_DROPOUT, target, rank_first=False)
 
 
 def _project(p, q, scale, dropout, target, rank_first) -> Tensor:

@@ -5,6 +5,7 @@ from lorasp.functional.dropkey_attention import dropkey_attention
 from lorasp.functional.hidden_cut import hidden_cut
 from lorasp.functional.lora_linear import PackedWeight, lora_linear, pack_weight
 from lorasp.functional.lora_linear_group import Partial, lora_linear_group
+from lorasp.functional.lora_update import lora_update
 
 __all__ = [
     "PackedWeight",
@@ -15,5 +16,6 @@ __all__ = [
     "linear_consistency_loss",
     "lora_linear",
     "lora_linear_group",
+    "lora_update",
     "pack_weight",
 ]

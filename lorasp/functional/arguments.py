@@ -26,10 +26,12 @@ def surroundings(x: Tensor) -> tuple:
     return torch.is_grad_enabled(), autocast, *registry.forced()
 
 
-def compute_dtypes(where: str, x: Tensor, autocast: torch.dtype | None) -> tuple[torch.dtype, tuple, tuple]:
+def compute_dtypes(
+    where: str, x: Tensor, autocast: torch.dtype | None, name: str = "x"
+) -> tuple[torch.dtype, tuple, tuple]:
     """(compute dtype, dtypes weight and bias may have, dtypes the low-rank factors may have)."""
     if x.dtype not in _DTYPES:
-        raise TypeError(f"{where}: x must be {', '.join(map(str, _DTYPES))}, got {x.dtype}")
+        raise TypeError(f"{where}: {name} must be {', '.join(map(str, _DTYPES))}, got {x.dtype}")
     if autocast is not None:
         return autocast, _DTYPES[1:], _DTYPES[1:]
     return x.dtype, (x.dtype,), (x.dtype, torch.float32) if x.dtype in _HALVES else (x.dtype,)

@@ -15,13 +15,13 @@ from torch import Tensor
 from lorasp import rng
 
 
-def _keep(x: Tensor, seed: Tensor | None, dropout_p: float, member: int) -> Tensor | None:
+def keep_of(x: Tensor, seed: Tensor | None, dropout_p: float, member: int) -> Tensor | None:
     if rng.threshold(dropout_p) == 0:
         return None
     return rng.keep_mask(seed, tuple(x.shape), dropout_p, rng.PURPOSE_LORA_DROPOUT, member)
 
 
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
+def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in the wider of fp32 and their dtype: the accumulator, before it is rounded once."""
     wide = torch.float64 if a.dtype == torch.float64 else torch.float32
     return a.to(wide) @ b.to(wide)
@@ -42,9 +42,9 @@ def forward(
 
     All but lora_A and lora_B have one dtype, the compute dtype; lora_A and lora_B may be fp32 and are rounded to it.
     """
-    keep = _keep(x, seed, dropout_p, member)
+    keep = keep_of(x, seed, dropout_p, member)
     dropped = x if keep is None else torch.where(keep, x, 0)
-    xa = (_matmul(dropped, lora_A.to(x.dtype).t()) * (scale * rng.rescale(dropout_p))).to(x.dtype)
+    xa = (matmul(dropped, lora_A.to(x.dtype).t()) * (scale * rng.rescale(dropout_p))).to(x.dtype)
     y = torch.addmm(torch.nn.functional.linear(x, weight, bias), xa, lora_B.to(x.dtype).t())
     return y, xa
 
@@ -72,17 +72,17 @@ def backward(
     """
     dx, dlora_A, dlora_B = dy.new_empty(0), dy.new_empty(0), dy.new_empty(0)
     if need_dx or need_dA:
-        g = (_matmul(dy, lora_B.to(dy.dtype)) * (scale * rng.rescale(dropout_p))).to(dy.dtype)
+        g = (matmul(dy, lora_B.to(dy.dtype)) * (scale * rng.rescale(dropout_p))).to(dy.dtype)
         shape = dy.new_empty((dy.shape[0], lora_A.shape[1]))
-        keep = _keep(shape, seed, dropout_p, member)
+        keep = keep_of(shape, seed, dropout_p, member)
         if need_dx:
             low_rank = g @ lora_A.to(dy.dtype)
             dx = torch.addmm(low_rank if keep is None else torch.where(keep, low_rank, 0), dy, weight)
         if need_dA:
             dropped = x if keep is None else torch.where(keep, x, 0)
-            dlora_A = _matmul(g.t(), dropped).to(lora_A.dtype)
+            dlora_A = matmul(g.t(), dropped).to(lora_A.dtype)
             dlora_A = dlora_A if mask_A is None else torch.where(mask_A, dlora_A, 0)
     if need_dB:
-        dlora_B = _matmul(dy.t(), xa).to(lora_B.dtype)
+        dlora_B = matmul(dy.t(), xa).to(lora_B.dtype)
         dlora_B = dlora_B if mask_B is None else torch.where(mask_B, dlora_B, 0)
     return dx, dlora_A, dlora_B

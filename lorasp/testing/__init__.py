@@ -16,6 +16,7 @@ from lorasp.testing import (
     linear_consistency,
     lora_linear,
     lora_linear_group,
+    lora_update,
 )
 from lorasp.testing.lora_linear import Case, check_case, make_inputs
 from lorasp.testing.rule import CheckResult, assert_close, bound, error
@@ -25,6 +26,7 @@ __all__ = ["OPERATORS", "Case", "CheckResult", "assert_close", "bound", "check",
 OPERATORS = {
     "lora_linear": lora_linear,
     "lora_linear_group": lora_linear_group,
+    "lora_update": lora_update,
     "dropkey_attention": dropkey_attention,
     "hidden_cut": hidden_cut,
     "consistency": consistency,
