@@ -20,6 +20,7 @@ from lorasp.nn import LoRALinear
 from lorasp.ops.registry import available_backends, use_backend
 from lorasp.optim import LoRAFAAdamW, PartialAdamW
 from lorasp.partial import resample, select
+from lorasp.processes import check_processes
 from lorasp.shared_input import SharedInput
 
 __version__ = "0.1.0"
@@ -39,6 +40,7 @@ __all__ = [
     "SharedInput",
     "apply_hiddenkey",
     "available_backends",
+    "check_processes",
     "consistency_loss",
     "dropkey_attention",
     "hidden_cut",

@@ -7,13 +7,19 @@ the same metadata, under the same digest, beside A and B in full.
 
 A save writes both new files beside the old ones, the config under a name that holds the digest, then renames the
 weights, then the config. Killed before the first rename it leaves the old pair; killed between the two, load finds the
-config by the digest in the new weights; after the second the new pair stands.
+config by the digest in the new weights; after the second the new pair stands. Processes may save the same adapter to
+one folder at once: each writes under names of its own, and again what the tidying of another took.
+
+The processes a model is sharded among save and load together: they compare what they hold before anything happens, the
+first one writes, and an error on one of them is raised on all.
 """
 
 import errno
 import hashlib
 import json
+import math
 import os
+import secrets
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -25,6 +31,8 @@ from lorasp.adapter import Adapter
 from lorasp.config import ALL_LINEAR, LoRAConfig
 from lorasp.inject import InjectReport, adapted_layers, install, make_plan, modules_to_save, report, unwrap
 from lorasp.nn import DEFAULT_ADAPTER, LoRALinear
+from lorasp.processes import agree, description, tensor_digest
+from lorasp.sharding import Processes, assign, full
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -54,20 +62,35 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
     written whole where a part trains (config.partial), with the selection in the weights file's metadata. The folder is
     made if need be; what it held is replaced only once the new files are complete, and a killed save leaves an adapter
     that loads. Raises ValueError if the model has no injected adapter, OSError if the folder cannot be written.
+
+    A sharded model (fully_shard) is saved by its processes together: each must call this; rank 0 writes. What fails on
+    one is raised on all, as is ValueError where their adapters differ (check_processes). Any other model is whole in
+    its process, which saves it alone: under DistributedDataParallel one rank's call is enough.
     """
     model, path = unwrap(model), Path(path)
+    processes = Processes.of(model, "save_adapter")
+    if processes.groups:
+        agree(processes, "save_adapter", description(model, values=True))
     config = _injected_config(model, "save_adapter")
     layers = adapted_layers(model)
     with torch.no_grad():
         tensors = {key: tensor.detach() for key, tensor in _slots(model, layers, config).items()}
     if on_meta := [key for key, tensor in tensors.items() if tensor.is_meta]:
         raise ValueError(f"save_adapter: these tensors hold no data (meta device): {_listed(on_meta)}")
+    if processes.groups:
+        for key, tensor in tensors.items():
+            whole = full(tensor)
+            tensors[key] = whole.cpu() if processes.first else None
     if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
         config = replace(config, target_modules=list(layers))
-    try:
-        _write_pair(path, _file_config(model, layers, config), tensors, config, _adapters(layers))
-    except OSError as error:
-        raise _named(error, f"save_adapter: cannot write to {path}") from error
+
+    def write() -> None:
+        try:
+            _write_pair(path, _file_config(model, layers, config), tensors, config, _adapters(layers))
+        except OSError as error:
+            raise _named(error, f"save_adapter: cannot write to {path}") from error
+
+    processes.run(lambda: processes.first and write())
 
 
 def load_adapter(
@@ -86,9 +109,17 @@ def load_adapter(
     Raises, with the model as it was: OSError for what cannot be read; ValueError for damaged files, files that were not
     saved together, PEFT features other than plain LoRA, a rank, scale or shape that differs, and tensors that are
     missing or unknown, by name, and for a selection that does not fit.
+
+    Into a sharded model, prepared before fully_shard, its processes load together: each must call this and reads the
+    files itself. What fails on one is raised on all, as is ValueError where their adapters or files differ.
     """
     model, path = unwrap(model), Path(path)
-    values, config, stored = _read_pair(path)
+    processes = Processes.of(model, "load_adapter")
+    values, config, stored = processes.run(lambda: _read_pair(path))
+    if processes.groups:
+        read = {f"the file's {key}": tensor_digest(value) for key, value in values.items()}
+        read |= {"the file's config": repr(config), "the file's selection": repr(stored)}
+        agree(processes, "load_adapter", description(model, values=False) | read)
     plan = None
     if adapted_layers(model):
         if freeze_A is not None or prepack:
@@ -122,7 +153,7 @@ def load_adapter(
         factors = {key for name in adapters for key in _factor_keys(name)}
         for key, slot in slots.items():
             if key not in factors:
-                slot.copy_(values[key])
+                assign(slot, values[key])
     return report(model, skipped)
 
 
@@ -310,18 +341,21 @@ def _write_pair(
 
     path.mkdir(parents=True, exist_ok=True)
     leftovers = _leftovers(path)
-    staged, partial = path / _staged_name(digest), path / f".adapter_model.{os.getpid()}.partial"
+    own = secrets.token_hex(8)
+    draft, partial = path / f".adapter_config.{own}.partial", path / f".adapter_model.{own}.partial"
+    staged = path / _staged_name(digest)
     try:
-        _write_durably(staged, text)
+        _write_durably(draft, text)
+        _rename(draft, staged, text, draft)
         _write_durably(partial, weights)
         _sync_folder(path)
-        os.replace(partial, path / WEIGHTS_NAME)
+        _rename(partial, path / WEIGHTS_NAME, weights, partial)
     except BaseException:
-        partial.unlink(missing_ok=True)
-        staged.unlink(missing_ok=True)
+        for file in (draft, partial, staged):
+            file.unlink(missing_ok=True)
         raise
     _sync_folder(path)
-    os.replace(staged, path / CONFIG_NAME)
+    _rename(staged, path / CONFIG_NAME, text, draft)
     _sync_folder(path)
     for leftover in leftovers:
         leftover.unlink(missing_ok=True)
@@ -332,8 +366,25 @@ def _leftovers(path: Path) -> list[Path]:
     weights = path / WEIGHTS_NAME
     if not weights.exists():
         return []
-    candidates = [*path.glob(".adapter_config.*.json"), *path.glob(".adapter_model.*.partial")]
-    return [file for file in candidates if file.stat().st_mtime_ns < weights.stat().st_mtime_ns]
+    candidates = [*path.glob(".adapter_config.*.json"), *path.glob(".adapter_*.partial")]
+    return [file for file in candidates if _modified(file) < _modified(weights)]
+
+
+def _modified(file: Path) -> float:
+    """Time of the last change; of a file that another process has moved meanwhile, the end of time."""
+    try:
+        return file.stat().st_mtime_ns
+    except FileNotFoundError:
+        return math.inf
+
+
+def _rename(source: Path, target: Path, data: bytes, draft: Path) -> None:
+    """source, which holds data, becomes target; where another process has tidied it away it is written again."""
+    try:
+        os.replace(source, target)
+    except FileNotFoundError:
+        _write_durably(draft, data)
+        os.replace(draft, target)
 
 
 def _write_durably(file: Path, data: bytes) -> None:

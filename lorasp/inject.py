@@ -10,6 +10,7 @@ from torch import nn
 from lorasp.config import ALL_LINEAR, LoRAConfig, layer_index, matches_end, matches_names
 from lorasp.model_inputs import mark_kept_inputs, shared_inputs
 from lorasp.nn import DEFAULT_ADAPTER, DTYPES, LoRALinear, is_conv1d
+from lorasp.sharding import is_sharded
 from lorasp.shared_input import SharedInput
 
 # Their fused kernels read out_proj.weight itself, past any adapter (PEFT refuses the same).
@@ -185,6 +186,8 @@ def make_plan(model: nn.Module, config: LoRAConfig, where: str, *, strict: bool 
 
 
 def _check_fresh(model: nn.Module, where: str) -> None:
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        raise ValueError(f"{where}: model must not be sharded yet; put adapters in first, then call fully_shard")
     if adapted := list(adapted_layers(model)):
         raise ValueError(f"{where}: the model has adapters already, in {len(adapted)} layers such as {adapted[0]}")
     for name, module in model.named_modules():

@@ -14,6 +14,7 @@ from lorasp.functional.arguments import seed_tensor, surroundings
 from lorasp.functional.lora_linear_group import LoRALinearPartFunction, constants
 from lorasp.partial import make_adapter
 from lorasp.partial_adapter import PartialAdapter
+from lorasp.sharding import is_managed
 from lorasp.shared_input import SharedInput, linear_group
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -286,6 +287,8 @@ class LoRALinear(nn.Module):
         dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
         state = (weight.data_ptr(), weight._version, weight.device, weight.dtype, dtype)
         if self._packed is None or self._packed.made_from != state:
+            if is_managed(self):
+                raise ValueError("LoRALinear: prepack must be False under fully_shard: packed copies cannot be sharded")
             self._packed = None  # frees the old copies first
             self._packed = _Packed(state, pack_weight(weight.detach().to(dtype)))
         return self._packed.weight
