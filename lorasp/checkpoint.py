@@ -32,7 +32,7 @@ from lorasp.config import ALL_LINEAR, LoRAConfig
 from lorasp.inject import InjectReport, adapted_layers, install, make_plan, modules_to_save, report, unwrap
 from lorasp.nn import DEFAULT_ADAPTER, LoRALinear
 from lorasp.processes import agree, description, tensor_digest
-from lorasp.sharding import Processes, assign, full
+from lorasp.sharding import Processes, assign, full, own_class
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -193,10 +193,10 @@ def _slots(model: nn.Module, layers: dict[str, LoRALinear], config: LoRAConfig) 
 
 def _file_config(model: nn.Module, layers: dict[str, LoRALinear], config: LoRAConfig) -> dict:
     """adapter_config.json as PEFT writes it; patterns keep their order, since the first match wins."""
-    shared = {name: getattr(config, name) for name in _SHARED_FIELDS}
+    shared, cls = {name: getattr(config, name) for name in _SHARED_FIELDS}, own_class(model)
     return {
         **{name: list(value) if isinstance(value, tuple) else value for name, value in shared.items()},
-        "auto_mapping": {"base_model_class": type(model).__name__, "parent_library": type(model).__module__},
+        "auto_mapping": {"base_model_class": cls.__name__, "parent_library": cls.__module__},
         "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
         "fan_in_fan_out": any(layer.fan_in_fan_out for layer in layers.values()),
         "inference_mode": True,

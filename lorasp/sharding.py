@@ -35,11 +35,11 @@ def full(tensor: Tensor) -> Tensor:
 
 
 def placed(value: Tensor, like: Tensor) -> Tensor:
-    """The whole `value`, broadcastable to the sharded `like`, sharded as that is; replicated along sizes of 1."""
+    """The whole `value`, broadcastable to the sharded `like`, sharded as that is; replicated where it is broadcast."""
     from torch.distributed.tensor import Replicate, distribute_tensor
 
     placements = [
-        Replicate() if placement.is_shard() and value.shape[placement.dim] == 1 else placement
+        Replicate() if placement.is_shard() and value.shape[placement.dim] != like.shape[placement.dim] else placement
         for placement in like.placements
     ]
     return distribute_tensor(value, like.device_mesh, placements, src_data_rank=None)
@@ -51,6 +51,13 @@ def assign(tensor: Tensor, value: Tensor) -> None:
     if is_sharded(tensor) and not is_sharded(value):
         value = placed(value.to(tensor.device, tensor.dtype), tensor)
     tensor.copy_(value)
+
+
+def own_class(module: nn.Module) -> type:
+    """The class of `module` before fully_shard derived another one from it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    cls = type(module)
+    return cls.__mro__[2] if fsdp is not None and cls.__bases__[0] is fsdp.FSDPModule else cls
 
 
 def is_managed(module: nn.Module) -> bool:

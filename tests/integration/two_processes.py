@@ -1,4 +1,4 @@
-"""Run the checks of a module in two processes on gloo: python two_processes.py <module> <folder>.
+"""Run the checks of modules in two processes on gloo: python two_processes.py <folder> <module>...
 
 A check is a function of a scratch folder that both processes call, in turn after one start: the parent imports what
 they need and forks. Each process appends a JSON line per check, its name and what went wrong, to <folder>/<rank>.
@@ -12,6 +12,7 @@ import sys
 import traceback
 from pathlib import Path
 
+import pytest
 import torch.distributed as dist
 
 WORLD = 2
@@ -28,15 +29,16 @@ def run(rank: int, checks: dict, folder: Path) -> None:
             try:
                 check(scratch)
                 wrong = ""
-            except Exception:
+            except (Exception, pytest.fail.Exception):
                 wrong = traceback.format_exc()
             print(json.dumps([name, wrong]), file=results, flush=True)
             dist.barrier()
     dist.destroy_process_group()
 
 
-def main(module: str, folder: str) -> int:
-    checks, children = importlib.import_module(module).CHECKS, []
+def main(folder: str, *modules: str) -> int:
+    checks = {name: check for module in modules for name, check in importlib.import_module(module).CHECKS.items()}
+    children = []
     for rank in range(WORLD):
         child = os.fork()
         if child == 0:
