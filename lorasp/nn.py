@@ -75,7 +75,7 @@ class LoRALinear(nn.Module):
 
     prepack: the packed copies are made at the first forward and again when the weight's storage, version, dtype or
     device changes. A write through `weight.data` changes none of these: call `weight.data = ...` or drop_packed().
-    Under torch.compile the plain weight is used.
+    Under torch.compile the plain weight is used; under fully_shard the first forward raises ValueError.
 
     Raises ValueError or TypeError for sizes, dtypes and adapter arguments that do not fit.
     Sources: LoRA arXiv 2106.09685; LoRA-FA arXiv 2308.03303; LoRA-SP arXiv 2403.08822.

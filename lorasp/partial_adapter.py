@@ -131,8 +131,12 @@ class PackedAdapter(PartialAdapter):
     def misfit(self, chosen: Selection) -> str:
         if not is_sharded(self.lora_B_packed):
             return ""
-        sizes = [[0 if mask is None else int(mask.sum()) for mask in masks] for masks in (self.selection(), chosen)]
-        return "" if sizes[0] == sizes[1] else f"trains {sizes[1]} of A, B where the sharded parameters hold {sizes[0]}"
+        wrong = []
+        for name, index in self._indices(chosen).items():
+            packed = self._parameters["lora_A_packed" if name in ("columns", "entries_A") else "lora_B_packed"]
+            if len(index) != (size := packed.shape[name == "columns"]):
+                wrong.append(f"{len(index)} {name} where the sharded parameter holds {size}")
+        return ", ".join(wrong)
 
     def choose(self, chosen: Selection) -> None:
         with torch.no_grad():

@@ -24,9 +24,9 @@ class PartialAdamW(Optimizer):
     packed ones of a fixed selection included, is stepped as torch.optim.AdamW does. All parameters of one device and
     dtype are stepped in one pass; arithmetic is in fp32 (fp64 for fp64), the moments have the parameter's dtype.
 
-    State per parameter: exp_avg, exp_avg_sq, and step: int32, one per row, column or entry where selections are. The
-    selections themselves are in the model's state_dict. Raises TypeError and ValueError for arguments that do not fit,
-    RuntimeError for sparse gradients.
+    State per parameter: exp_avg, exp_avg_sq, and step: int32, one per row, column or entry where selections are; of
+    sharded parameters (fully_shard) sharded as they are. The selections themselves are in the model's state_dict.
+    Raises TypeError and ValueError for arguments that do not fit, RuntimeError for sparse gradients.
     Source: AdamW arXiv 1711.05101; LoRA-SP arXiv 2403.08822 says nothing of optimizer state: this is our reading.
     """
 

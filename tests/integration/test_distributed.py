@@ -1,4 +1,4 @@
-"""DistributedDataParallel and fully_shard: what distributed_checks and distributed_file_checks hold, and the example."""
+"""DistributedDataParallel and fully_shard: distributed_checks and distributed_file_checks in one run, the example."""
 
 import fcntl
 import json
