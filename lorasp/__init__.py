@@ -22,6 +22,7 @@ from lorasp.nn import LoRALinear
 from lorasp.ops.registry import available_backends, use_backend
 from lorasp.optim import LoRAFAAdamW, PartialAdamW
 from lorasp.partial import resample, select
+from lorasp.processes import check_processes
 from lorasp.quantized import frozen_base
 from lorasp.quantized_linear import QuantizedLoRALinear, quantized_lora_linear
 from lorasp.shared_input import SharedInput
@@ -44,6 +45,7 @@ __all__ = [
     "SharedInput",
     "apply_hiddenkey",
     "available_backends",
+    "check_processes",
     "consistency_loss",
     "delete_adapter",
     "disable_adapter",

@@ -9,6 +9,7 @@ from lorasp.adapter import Adapter
 from lorasp.config import LoRAConfig
 from lorasp.partial import make_adapter
 from lorasp.partial_adapter import PartialAdapter
+from lorasp.sharding import is_sharded
 
 
 class AdaptedLinear(nn.Module):
@@ -148,7 +149,7 @@ class AdaptedLinear(nn.Module):
         if self.merged_adapter is not None:
             raise ValueError(f"merge: the layer must not be merged, {self.merged_adapter!r} is")
         adapter, base = self.active(), self.weight
-        if hasattr(base, "placements"):
+        if is_sharded(base):
             raise ValueError("merge: weight must be whole, got a shard (DTensor); merge in a model of one process")
         wide = torch.float64 if base.dtype == torch.float64 else torch.float32
         update = adapter.scale * (adapter.dense_B().to(wide) @ adapter.dense_A().to(wide))

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from lorasp.sharding import assign
+
 
 class Adapter(nn.Module):
     """lora_A (r, in), lora_B (out, r) and the numbers that go with them; a frozen factor is a buffer.
@@ -72,9 +74,8 @@ class Adapter(nn.Module):
 
     def set_dense(self, lora_A: Tensor, lora_B: Tensor) -> None:
         """Take over the values of dense factors, frozen entries included."""
-        with torch.no_grad():
-            self.lora_A.copy_(lora_A)
-            self.lora_B.copy_(lora_B)
+        assign(self.lora_A, lora_A)
+        assign(self.lora_B, lora_B)
 
     def trainable_mask_A(self) -> Tensor:
         return torch.full(self.lora_A.shape, not self.freeze_A, device=self.lora_A.device)

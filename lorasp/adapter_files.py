@@ -7,13 +7,16 @@ the same metadata, under the same digest, beside A and B in full.
 
 A save writes both new files beside the old ones, the config under a name that holds the digest, then renames the
 weights, then the config. Killed before the first rename it leaves the old pair; killed between the two, load finds the
-config by the digest in the new weights; after the second the new pair stands.
+config by the digest in the new weights; after the second the new pair stands. Processes may save the same adapter to
+one folder at once: each writes under names of its own, and again what the tidying of another took.
 """
 
 import errno
 import hashlib
 import json
+import math
 import os
+import secrets
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -122,18 +125,21 @@ def write_pair(
 
     path.mkdir(parents=True, exist_ok=True)
     leftovers = _leftovers(path)
-    staged, partial = path / _staged_name(digest), path / f".adapter_model.{os.getpid()}.partial"
+    own = secrets.token_hex(8)
+    draft, partial = path / f".adapter_config.{own}.partial", path / f".adapter_model.{own}.partial"
+    staged = path / _staged_name(digest)
     try:
-        _write_durably(staged, text)
+        _write_durably(draft, text)
+        _rename(draft, staged, text, draft)
         _write_durably(partial, weights)
         _sync_folder(path)
-        os.replace(partial, path / WEIGHTS_NAME)
+        _rename(partial, path / WEIGHTS_NAME, weights, partial)
     except BaseException:
-        partial.unlink(missing_ok=True)
-        staged.unlink(missing_ok=True)
+        for file in (draft, partial, staged):
+            file.unlink(missing_ok=True)
         raise
     _sync_folder(path)
-    os.replace(staged, path / CONFIG_NAME)
+    _rename(staged, path / CONFIG_NAME, text, draft)
     _sync_folder(path)
     for leftover in leftovers:
         leftover.unlink(missing_ok=True)
@@ -144,8 +150,25 @@ def _leftovers(path: Path) -> list[Path]:
     weights = path / WEIGHTS_NAME
     if not weights.exists():
         return []
-    candidates = [*path.glob(".adapter_config.*.json"), *path.glob(".adapter_model.*.partial")]
-    return [file for file in candidates if file.stat().st_mtime_ns < weights.stat().st_mtime_ns]
+    candidates = [*path.glob(".adapter_config.*.json"), *path.glob(".adapter_*.partial")]
+    return [file for file in candidates if _modified(file) < _modified(weights)]
+
+
+def _modified(file: Path) -> float:
+    """Time of the last change; of a file that another process has moved meanwhile, the end of time."""
+    try:
+        return file.stat().st_mtime_ns
+    except FileNotFoundError:
+        return math.inf
+
+
+def _rename(source: Path, target: Path, data: bytes, draft: Path) -> None:
+    """source, which holds data, becomes target; where another process has tidied it away it is written again."""
+    try:
+        os.replace(source, target)
+    except FileNotFoundError:
+        _write_durably(draft, data)
+        os.replace(draft, target)
 
 
 def _write_durably(file: Path, data: bytes) -> None:

@@ -1,4 +1,8 @@
-"""save_adapter and load_adapter: a model's adapters and the files adapter_files reads and writes."""
+"""save_adapter and load_adapter: a model's adapters and the files adapter_files reads and writes.
+
+The processes a model is sharded among save and load together: they compare what they hold before anything happens, the
+first one writes, and an error on one of them is raised on all.
+"""
 
 import os
 from dataclasses import replace
@@ -15,6 +19,8 @@ from lorasp.config import ALL_LINEAR, LoRAConfig
 from lorasp.inject import InjectReport, install, report
 from lorasp.injection_plan import Plan, make_plan
 from lorasp.nn import DEFAULT_ADAPTER, LoRALinear
+from lorasp.processes import agree, description, tensor_digest
+from lorasp.sharding import Processes, assign, full, own_class
 from lorasp.whole_tensors import WholeTensors
 
 
@@ -25,8 +31,15 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str | 
     written whole where a part trains (config.partial), with the selection in the weights file's metadata. The folder is
     made if need be; what it held is replaced only once the new files are complete, and a killed save leaves an adapter
     that loads. Raises ValueError if the model has no such adapter, OSError if the folder cannot be written.
+
+    A sharded model (fully_shard) is saved by its processes together: each must call this; rank 0 writes. What fails on
+    one is raised on all, as is ValueError where their adapters differ (check_processes). Any other model is whole in
+    its process, which saves it alone: under DistributedDataParallel one rank's call is enough.
     """
     model, path = unwrap(model), Path(path)
+    processes = Processes.of(model, "save_adapter")
+    if processes.groups:
+        agree(processes, "save_adapter", description(model, values=True))
     adapter_name = _known_adapter(model, "save_adapter", adapter_name)
     config = adapter_configs(model)[adapter_name]
     layers = _layers_with(model, adapter_name)
@@ -34,13 +47,21 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str | 
         tensors = {key: tensor.detach() for key, tensor in _slots(model, layers, adapter_name).items()}
     if on_meta := [key for key, tensor in tensors.items() if tensor.is_meta]:
         raise ValueError(f"save_adapter: these tensors hold no data (meta device): {_listed(on_meta)}")
+    if processes.groups:
+        for key, tensor in tensors.items():
+            whole = full(tensor)
+            tensors[key] = whole.cpu() if processes.first else None
     if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
         config = replace(config, target_modules=list(layers))
     adapters = {name: layer.adapters[adapter_name] for name, layer in layers.items()}
-    try:
-        write_pair(path, _file_config(model, layers, config), tensors, config, adapters)
-    except OSError as error:
-        raise named(error, f"save_adapter: cannot write to {path}") from error
+
+    def write() -> None:
+        try:
+            write_pair(path, _file_config(model, layers, config), tensors, config, adapters)
+        except OSError as error:
+            raise named(error, f"save_adapter: cannot write to {path}") from error
+
+    processes.run(lambda: processes.first and write())
 
 
 def load_adapter(
@@ -65,9 +86,17 @@ def load_adapter(
     Raises, with the model as it was: OSError for what cannot be read; ValueError for damaged files, files that were not
     saved together, PEFT features other than plain LoRA, a rank, scale or shape that differs, and tensors that are
     missing or unknown, by name, for a selection that does not fit, and while an adapter is merged.
+
+    Into a sharded model, prepared before fully_shard, its processes load together: each must call this and reads the
+    files itself. What fails on one is raised on all, as is ValueError where their adapters or files differ.
     """
     model, path = unwrap(model), Path(path)
-    values, config, stored = read_pair(path)
+    processes = Processes.of(model, "load_adapter")
+    values, config, stored = processes.run(lambda: read_pair(path))
+    if processes.groups:
+        read = {f"the file's {key}": tensor_digest(value) for key, value in values.items()}
+        read |= {"the file's config": repr(config), "the file's selection": repr(stored)}
+        agree(processes, "load_adapter", description(model, values=False) | read)
     plan = None
     if adapter_name in adapter_configs(model):
         if freeze_A is not None or prepack:
@@ -106,7 +135,7 @@ def load_adapter(
         factors = {key for name in adapters for key in _factor_keys(name)}
         for key, slot in _slots(model, layers, adapter_name).items():
             if key not in factors:
-                slot.copy_(values[key])
+                assign(slot, values[key])
     return report(model, skipped)
 
 
@@ -149,10 +178,10 @@ def _slots(
 
 def _file_config(model: nn.Module, layers: dict[str, LoRALinear], config: LoRAConfig) -> dict:
     """adapter_config.json as PEFT writes it; patterns keep their order, since the first match wins."""
-    shared = {name: getattr(config, name) for name in SHARED_FIELDS}
+    shared, cls = {name: getattr(config, name) for name in SHARED_FIELDS}, own_class(model)
     return {
         **{name: list(value) if isinstance(value, tuple) else value for name, value in shared.items()},
-        "auto_mapping": {"base_model_class": type(model).__name__, "parent_library": type(model).__module__},
+        "auto_mapping": {"base_model_class": cls.__name__, "parent_library": cls.__module__},
         "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
         "fan_in_fan_out": any(layer.fan_in_fan_out for layer in layers.values()),
         "inference_mode": True,

@@ -16,6 +16,7 @@ from lorasp.nn import DEFAULT_ADAPTER, DTYPES, LoRALinear, is_conv1d
 from lorasp.partial_adapter import PartialAdapter
 from lorasp.quantized import frozen_base
 from lorasp.quantized_linear import QuantizedLoRALinear
+from lorasp.sharding import is_sharded
 
 # Their fused kernels read out_proj.weight itself, past any adapter (PEFT refuses the same).
 _MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
@@ -108,6 +109,8 @@ def make_plan(
 
 
 def _check_fresh(model: nn.Module, adapter: str, where: str) -> None:
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        raise ValueError(f"{where}: model must not be sharded yet; put adapters in first, then call fully_shard")
     adapted, configs = adapted_layers(model), adapter_configs(model)
     if adapted and not configs:
         raise ValueError(

@@ -13,6 +13,7 @@ from lorasp.config import LoRAConfig, PartialConfig, check_adapter
 from lorasp.functional import PackedWeight, lora_linear, pack_weight
 from lorasp.functional.arguments import seed_tensor, surroundings
 from lorasp.functional.lora_linear_group import LoRALinearPartFunction, constants
+from lorasp.sharding import is_managed
 from lorasp.shared_input import SharedInput, linear_group
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -75,7 +76,7 @@ class LoRALinear(AdaptedLinear):
 
     prepack: the packed copies are made at the first forward and again when the weight's storage, version, dtype or
     device changes. A write through `weight.data` changes none of these: call `weight.data = ...` or drop_packed().
-    Under torch.compile the plain weight is used.
+    Under torch.compile the plain weight is used; under fully_shard the first forward raises ValueError.
 
     Raises ValueError or TypeError for sizes, dtypes and adapter arguments that do not fit.
     Sources: LoRA arXiv 2106.09685; LoRA-FA arXiv 2308.03303; LoRA-SP arXiv 2403.08822.
@@ -277,6 +278,8 @@ class LoRALinear(AdaptedLinear):
         dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
         state = (weight.data_ptr(), weight._version, weight.device, weight.dtype, dtype)
         if self._packed is None or self._packed.made_from != state:
+            if is_managed(self):
+                raise ValueError("LoRALinear: prepack must be False under fully_shard: packed copies cannot be sharded")
             self._packed = None  # frees the old copies first
             self._packed = _Packed(state, pack_weight(weight.detach().to(dtype)))
         return self._packed.weight

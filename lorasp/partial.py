@@ -84,6 +84,8 @@ def select(model: nn.Module, scores: Mapping[str, tuple[Tensor | None, Tensor]])
             for name in names:
                 one = summed.expand(adapters[name].r, -1)
                 chosen[name] = _scored(adapters[name], one, scores[name][1])
+    if wrong := [f"{name} {why}" for name, what in chosen.items() if (why := adapters[name].misfit(what))]:
+        raise ValueError(f"select: scores must choose as much as the sharded model trains: {'; '.join(wrong)}")
     for name, what in chosen.items():
         adapters[name].choose(what)
 

@@ -14,6 +14,7 @@ from lorasp import selection
 from lorasp.adapter import Adapter
 from lorasp.config import PartialConfig
 from lorasp.selection import Selection, Site
+from lorasp.sharding import assign, full, is_sharded
 
 
 class PartialAdapter(Adapter):
@@ -37,6 +38,10 @@ class PartialAdapter(Adapter):
     def choose(self, chosen: Selection) -> None:
         """Take over a selection; the effective A and B do not change."""
         raise NotImplementedError
+
+    def misfit(self, chosen: Selection) -> str:
+        """Why choose() cannot take this selection of the right shape; empty if it can."""
+        return ""
 
     def share(self, shared: str) -> None:
         """Draw the columns of A under the name `shared`, as every layer on the same input must."""
@@ -114,13 +119,24 @@ class PackedAdapter(PartialAdapter):
 
     def reset_parameters(self) -> None:
         """Draw A, and B or zeros, as init_lora_weights says, and the selection as its seed says."""
-        like = self.lora_B_packed
-        lora_A, lora_B = like.new_empty((self.r, self.in_features)), like.new_empty((self.out_features, self.r))
+        made = {"device": self.lora_B_packed.device, "dtype": self.lora_B_packed.dtype}
+        lora_A = torch.empty((self.r, self.in_features), **made)
+        lora_B = torch.empty((self.out_features, self.r), **made)
         self._fill(lora_A, lora_B)
         self._take(selection.draw(self.partial, self.site), lora_A, lora_B)
 
     def set_dense(self, lora_A: Tensor, lora_B: Tensor) -> None:
         self._take(None, lora_A, lora_B)
+
+    def misfit(self, chosen: Selection) -> str:
+        if not is_sharded(self.lora_B_packed):
+            return ""
+        wrong = []
+        for name, index in self._indices(chosen).items():
+            packed = self._parameters["lora_A_packed" if name in ("columns", "entries_A") else "lora_B_packed"]
+            if len(index) != (size := packed.shape[name == "columns"]):
+                wrong.append(f"{len(index)} {name} where the sharded parameter holds {size}")
+        return ", ".join(wrong)
 
     def choose(self, chosen: Selection) -> None:
         with torch.no_grad():
@@ -153,7 +169,7 @@ class PackedAdapter(PartialAdapter):
     def _put(self, name: str, value: Tensor) -> None:
         parameter = self._parameters[name]
         if parameter.shape == value.shape:
-            parameter.copy_(value)
+            assign(parameter, value)
         else:
             parameter.data, parameter.grad = value, None
 
@@ -161,13 +177,14 @@ class PackedAdapter(PartialAdapter):
         if self.freeze_A:
             return self.lora_A
         # The packed Parameters alone may have been cast: `p.data = p.data.float()` over what trains.
-        frozen_A = self.frozen_A.to(self.lora_A_packed.dtype)
+        packed = full(self.lora_A_packed)
+        frozen_A = self.frozen_A.to(packed.dtype)
         if self.partial.granularity == "feature":
-            return frozen_A.index_copy(1, self.columns, self.lora_A_packed)
-        return frozen_A.flatten().index_copy(0, self.entries_A, self.lora_A_packed).view_as(frozen_A)
+            return frozen_A.index_copy(1, self.columns, packed)
+        return frozen_A.flatten().index_copy(0, self.entries_A, packed).view_as(frozen_A)
 
     def dense_B(self) -> Tensor:
-        packed, shape = self.lora_B_packed, (self.out_features, self.r)
+        packed, shape = full(self.lora_B_packed), (self.out_features, self.r)
         frozen_B = packed.new_zeros(shape) if self.frozen_B is None else self.frozen_B.to(packed.dtype)
         if self.partial.granularity == "feature":
             return frozen_B.index_copy(0, self.rows, packed)
@@ -227,6 +244,13 @@ class PackedAdapter(PartialAdapter):
 
 
 _owners = WeakIdKeyDictionary()
+_resampled = weakref.WeakSet()
+
+
+def find_owners() -> None:
+    """Know the Parameters that adapters hold now; fully_shard puts others in their place."""
+    for adapter in _resampled:
+        adapter._own()
 
 
 def owner(parameter: Tensor) -> "tuple[ResampledAdapter, str] | None":
@@ -317,6 +341,7 @@ class ResampledAdapter(PartialAdapter):
         self._own()
 
     def _own(self) -> None:
+        _resampled.add(self)
         for name, parameter in self._parameters.items():
             _owners[parameter] = weakref.ref(self), name[-1]
 

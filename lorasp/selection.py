@@ -54,7 +54,7 @@ def draw(partial: PartialConfig, site: Site, number: int = 0) -> Selection:
     if partial.granularity == "matrix":
         order = sorted(site.peers, key=lambda name: (_key(partial.seed, number, "matrix", name), name))
         frozen_A = order.index(site.name) < (len(order) + 1) // 2
-        return Selection(torch.tensor([[not frozen_A]]), torch.tensor([[frozen_A]]))
+        return Selection(*(torch.tensor([[trains]], device="cpu") for trains in (not frozen_A, frozen_A)))
     units_A, units_B = _units(partial, site)
     if partial.granularity == "rank":
         words_A = words_B = words("rank", site.name, site.r)
@@ -94,7 +94,7 @@ def by_scores(partial: PartialConfig, site: Site, score_A: Tensor | None, score_
             units = _units(partial, site)[0][1]
             score_A = score_A.sum(0)
             if units < site.in_features:
-                padded = torch.zeros(units * BLOCK, dtype=torch.float64)
+                padded = torch.zeros(units * BLOCK, dtype=torch.float64, device="cpu")
                 padded[: site.in_features] = score_A
                 score_A = padded.view(units, BLOCK).sum(1)
         score_B = score_B.sum(1)
@@ -131,7 +131,7 @@ def _highest(partial: PartialConfig, site: Site, words_A: Tensor | None, words_B
                 f"PartialConfig: trainable_ratio {partial.trainable_ratio} leaves nothing of {factor} to train in "
                 f"layer {site.name!r}: it has {words.numel()} unit(s) of granularity {partial.granularity!r}"
             )
-        chosen = torch.zeros(words.numel(), dtype=torch.bool)
+        chosen = torch.zeros(words.numel(), dtype=torch.bool, device="cpu")
         chosen[words.argsort(descending=True, stable=True)[:count]] = True
         return chosen
 

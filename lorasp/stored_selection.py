@@ -68,6 +68,9 @@ def misfits(stored: Stored, adapters: dict[str, Adapter], partial: PartialConfig
                 wrong.append(f"{name}: {field} is {bool(value)} in the file, {bool(mask)} in the model")
             elif have != "matrix" and not value.any():
                 wrong.append(f"{name}: {field} leaves nothing to train")
+        if isinstance(adapter, PartialAdapter) and not any(line.startswith(f"{name}: ") for line in wrong):
+            why = adapter.misfit(_chosen(adapter, stored.layers[name]))
+            wrong += [f"{name}: {why}"] * bool(why)
         draws = stored.layers[name].get("draws", 0)
         if not isinstance(draws, int) or isinstance(draws, bool) or draws < 0:
             wrong.append(f"{name}: draws is {draws!r}")
@@ -79,15 +82,19 @@ def restore(stored: Stored, adapters: dict[str, Adapter]) -> None:
     for name, adapter in adapters.items():
         if not isinstance(adapter, PartialAdapter):
             continue
-        own, bits = adapter.selection(), stored.layers[name]
-        # No bits of A: it was frozen where the file comes from.
-        masks = [
-            mask if mask is None or field not in bits else _mask(bits[field], tuple(mask.shape))
-            for field, mask in zip(Selection._fields, own, strict=True)
-        ]
-        adapter.choose(Selection(*masks))
+        bits = stored.layers[name]
+        adapter.choose(_chosen(adapter, bits))
         if isinstance(adapter, ResampledAdapter):
             adapter.draws.fill_(bits.get("draws", 0))
+
+
+def _chosen(adapter: PartialAdapter, bits: dict) -> Selection:
+    # No bits of A: it was frozen where the file comes from.
+    masks = [
+        mask if mask is None or field not in bits else _mask(bits[field], tuple(mask.shape))
+        for field, mask in zip(Selection._fields, adapter.selection(), strict=True)
+    ]
+    return Selection(*masks)
 
 
 def _selection(adapter: Adapter) -> Selection:

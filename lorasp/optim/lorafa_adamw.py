@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from lorasp.adapter import Adapter
-from lorasp.optim.partial_adamw import PartialAdamW, local
+from lorasp.optim.partial_adamw import PartialAdamW
 from lorasp.partial_adapter import PackedAdapter, PartialAdapter
+from lorasp.sharding import full, local
 
 DELTA = 1e-8  # PEFT's regulariser of A A^T
 
@@ -163,7 +164,7 @@ class _Peft(NamedTuple):
 
     def rows(self) -> Tensor:
         (lora_A,) = self.sources()
-        return lora_A.full_tensor() if hasattr(lora_A, "full_tensor") else lora_A
+        return full(lora_A)
 
     def place(self) -> None:
         return None

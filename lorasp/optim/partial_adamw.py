@@ -8,12 +8,8 @@ from torch.optim import Optimizer
 
 from lorasp.ops import registry
 from lorasp.ops.partial_adamw import step_ops
-from lorasp.partial_adapter import ResampledAdapter, owner
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor sharded over several (DTensor, as fully_shard makes them); any other, itself."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+from lorasp.partial_adapter import ResampledAdapter, find_owners, owner
+from lorasp.sharding import is_sharded, local, placed
 
 
 class PartialAdamW(Optimizer):
@@ -28,9 +24,9 @@ class PartialAdamW(Optimizer):
     packed ones of a fixed selection included, is stepped as torch.optim.AdamW does. All parameters of one device and
     dtype are stepped in one pass; arithmetic is in fp32 (fp64 for fp64), the moments have the parameter's dtype.
 
-    State per parameter: exp_avg, exp_avg_sq, and step: int32, one per row, column or entry where selections are. The
-    selections themselves are in the model's state_dict. Raises TypeError and ValueError for arguments that do not fit,
-    RuntimeError for sparse gradients.
+    State per parameter: exp_avg, exp_avg_sq, and step: int32, one per row, column or entry where selections are; of
+    sharded parameters (fully_shard) sharded as they are. The selections themselves are in the model's state_dict.
+    Raises TypeError and ValueError for arguments that do not fit, RuntimeError for sparse gradients.
     Source: AdamW arXiv 1711.05101; LoRA-SP arXiv 2403.08822 says nothing of optimizer state: this is our reading.
     """
 
@@ -52,6 +48,11 @@ class PartialAdamW(Optimizer):
             params = [parameter for parameter in params.parameters() if parameter.requires_grad]
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "steps_taken": 0}
         super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict) -> None:
+        """As in every torch optimizer."""
+        find_owners()
+        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -78,14 +79,13 @@ class PartialAdamW(Optimizer):
             if not state:
                 state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
                 state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
-                shape = (1,) if active is None else active.shape
-                state["step"] = torch.zeros(shape, dtype=torch.int32, device=parameter.device)
+                state["step"] = _steps(parameter, active, torch.zeros((), dtype=torch.int32))
             batch = batches.setdefault((parameter.device, parameter.dtype), [[] for _ in range(6)])
             values = (
                 local(parameter.detach()),
                 self._gradient(parameter),
                 *(local(state[n]) for n in ("exp_avg", "exp_avg_sq", "step")),
-                active,
+                active if active is None or not is_sharded(parameter) else local(placed(active, parameter)),
             )
             for tensors, tensor in zip(batch, values, strict=True):
                 tensors.append(tensor)
@@ -123,15 +123,24 @@ class PartialAdamW(Optimizer):
         # Optimizer moves and casts every tensor of a parameter's state except "step".
         for parameter, state in self.state.items():
             if "step" in state:
-                active = _active(parameter)
+                active, step = _active(parameter), torch.as_tensor(state["step"])
                 shape = (1,) if active is None else active.shape
-                step = torch.as_tensor(state["step"]).to(parameter.device, torch.int32)
                 if step.numel() > 1 and step.shape != shape:
                     raise ValueError(
                         f"{type(self).__name__}: step in state_dict must be {tuple(shape)} like the selection, "
                         f"got {tuple(step.shape)}"
                     )
-                state["step"] = (step if step.shape == shape else step.flatten()).expand(shape).clone()
+                state["step"] = _steps(parameter, active, step)
+
+
+def _steps(parameter: Tensor, active: Tensor | None, step: Tensor) -> Tensor:
+    """int32 counts of steps, one per unit of the selection, sharded as the parameter is; from one count or as many."""
+    shape = (1,) if active is None else active.shape
+    if is_sharded(step):
+        return step.to(parameter.device, torch.int32).clone()
+    step = step.to(parameter.device, torch.int32)
+    step = (step if step.shape == shape else step.flatten()).expand(shape).clone()
+    return placed(step, parameter) if active is not None and is_sharded(parameter) else step
 
 
 def _active(parameter: Tensor) -> Tensor | None:
