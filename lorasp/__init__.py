@@ -16,6 +16,7 @@ from lorasp.functional import (
 from lorasp.inject import InjectReport, inject
 from lorasp.integrations.hiddenkey import HiddenKeyResult, hiddenkey_step
 from lorasp.integrations.transformers import HiddenKeyReport, apply_hiddenkey, remove_hiddenkey
+from lorasp.model_mlps import RecomputeReport, recompute_mlp, undo_recompute_mlp
 from lorasp.nn import LoRALinear
 from lorasp.ops.registry import available_backends, use_backend
 from lorasp.optim import LoRAFAAdamW, PartialAdamW
@@ -36,6 +37,7 @@ __all__ = [
     "Partial",
     "PartialAdamW",
     "PartialConfig",
+    "RecomputeReport",
     "SharedInput",
     "apply_hiddenkey",
     "available_backends",
@@ -49,9 +51,11 @@ __all__ = [
     "lora_linear",
     "lora_linear_group",
     "pack_weight",
+    "recompute_mlp",
     "remove_hiddenkey",
     "resample",
     "save_adapter",
     "select",
+    "undo_recompute_mlp",
     "use_backend",
 ]

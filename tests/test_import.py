@@ -25,6 +25,8 @@ ALLOWED = {
     "lorasp/shared_input.py": {"functional"},
     "lorasp/nn.py": {"config", "functional", "partial", "partial_adapter", "shared_input"},
     "lorasp/model_inputs.py": {"config", "nn"},
+    "lorasp/recompute.py": set(),
+    "lorasp/model_mlps.py": {"nn", "recompute"},
     "lorasp/inject.py": {"config", "model_inputs", "nn", "shared_input"},
     "lorasp/stored_selection.py": {"adapter", "config", "partial_adapter", "selection"},
     "lorasp/checkpoint.py": {"adapter", "config", "inject", "nn", "stored_selection"},
