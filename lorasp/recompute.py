@@ -172,12 +172,8 @@ class _WayBack(NamedTuple):
             h = self.node.elementwise(*pre).contiguous()
         for dtype in self.dtypes:
             h = h.to(dtype)
-        if h.size() != self.size or h.stride() != self.stride:
-            h = h.as_strided(self.size, self.stride, self.offset)
-        if torch.is_grad_enabled():
-            message = "recompute_mlp: a recomputed activation cannot be differentiated twice"
-            h = torch._C._functions.DelayedError(message, 1)(h.requires_grad_())
-        return h
+        same = h.size() == self.size and h.stride() == self.stride
+        return h if same else h.as_strided(self.size, self.stride, self.offset)
 
 
 def project(layer: nn.Module, h: Tensor) -> Tensor:
@@ -203,8 +199,22 @@ def project(layer: nn.Module, h: Tensor) -> Tensor:
             return packed()
         return packed if outer is None else outer[1](packed)
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack), _keeps_input(layer):
         return layer(h)
+
+
+@contextmanager
+def _keeps_input(layer: nn.Module) -> Iterator[None]:
+    """A LoRALinear would gather and keep the columns of h it needs: let it ask for h itself, which costs nothing."""
+    before = vars(layer).get("keep_input")
+    if before is not False:
+        yield
+        return
+    layer.keep_input = True
+    try:
+        yield
+    finally:
+        layer.keep_input = before
 
 
 def _source(function):
