@@ -49,13 +49,13 @@ def recompute_mlp(model: nn.Module, mode: str = "activation") -> RecomputeReport
         LoRA           4 M I + M H + 3 M R            2 M I + M H + 3 M R        M H + M R
 
     Without a gate, down(act(up(x))): M I (more for activations written in Python, such as GPT-2's) in the place of
-    2 M I, and 2 M R of 3 M R. x counts once where something else keeps it. Dropout between act and down is drawn again
-    from torch's generator's state, which is kept (5 KB on the CPU), as it is by "full" for adapters with dropout; its
-    mask is not.
+    2 M I, and 2 M R of 3 M R. LoRA-SP by features: M H / 2 of "activation"'s M H. x counts once where something else
+    keeps it. Dropout between act and down is drawn again from the state of torch's generator, which is kept (5 KB on
+    the CPU), as it is by "full" for adapters with dropout; the mask is not.
 
     "activation" computes act and the product with up again: no matrix product. "full" also computes gate and up again,
     once per backward: 4 M H I FLOPs more beside the 12 M H I of a LoRA MLP's forward and backward (2 beside 8 without a
-    gate), and as much again of the low-rank products. Forward and gradients are what they were, bit for bit.
+    gate), and the low-rank products of gate and up. Forward and gradients are what they were, bit for bit.
 
     Known are the MLPs of LLaMA, Mistral, Qwen2, Qwen3, Gemma, Phi, Phi-3, T5, GPT-2, GPT-NeoX, BERT, RoBERTa, ViT, CLIP
     and all whose forward is the same, whatever their linear layers are: nn.Linear, LoRALinear, PEFT's, quantised ones.
