@@ -18,6 +18,7 @@ from lorasp.functional import (
 from lorasp.inject import InjectReport, inject
 from lorasp.integrations.hiddenkey import HiddenKeyResult, hiddenkey_step
 from lorasp.integrations.transformers import HiddenKeyReport, apply_hiddenkey, remove_hiddenkey
+from lorasp.model_mlps import RecomputeReport, recompute_mlp, undo_recompute_mlp
 from lorasp.nn import LoRALinear
 from lorasp.ops.registry import available_backends, use_backend
 from lorasp.optim import LoRAFAAdamW, PartialAdamW
@@ -42,6 +43,7 @@ __all__ = [
     "PartialAdamW",
     "PartialConfig",
     "QuantizedLoRALinear",
+    "RecomputeReport",
     "SharedInput",
     "apply_hiddenkey",
     "available_backends",
@@ -62,11 +64,13 @@ __all__ = [
     "merge",
     "pack_weight",
     "quantized_lora_linear",
+    "recompute_mlp",
     "remove_hiddenkey",
     "resample",
     "save_adapter",
     "select",
     "set_adapter",
+    "undo_recompute_mlp",
     "unload",
     "unmerge",
     "use_backend",

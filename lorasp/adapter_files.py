@@ -35,7 +35,7 @@ _DIGEST, _FREEZE_A, _PARTIAL = "lorasp.digest", "lorasp.freeze_A", "lorasp.parti
 SHARED_FIELDS = tuple(
     field.name
     for field in fields(LoRAConfig)
-    if field.name not in ("freeze_A", "prepack", "adapter_dtype", "partial", "share_input")
+    if field.name not in ("freeze_A", "prepack", "adapter_dtype", "partial", "share_input", "recompute_mlp")
 )
 # PEFT's fields that do not change what a finished adapter computes.
 _NEUTRAL_FIELDS = {

@@ -15,6 +15,7 @@ ALL_LINEAR = "all-linear"
 DROP_PATTERNS = ("column", "element", "span")
 CONSISTENCY_KINDS = ("kl", "js")
 AUTO_LAYERS = "auto"
+RECOMPUTE_MODES = ("activation", "full")
 
 
 def check_adapter(
@@ -157,8 +158,10 @@ class LoRAConfig:
     share_input: layers that read one input (q/k/v; gate/up; key/value of cross attention) run as one operator: True
         those known in LLaMA, Mistral, Qwen2, RoBERTa, BERT, T5 and ViT models; a list of groups, each a list of ends of
         names, the layers with these names side by side; False none. See SharedInput.
+    recompute_mlp: "activation" (or True) or "full": MLPs keep their pre-activations, or their input, and recompute the
+        rest in backward; False: they keep what they keep. Not part of the adapter's file. See lorasp.recompute_mlp.
 
-    Names and meanings are those of peft.LoraConfig but for the last five. Construction raises ValueError or TypeError.
+    Names and meanings are those of peft.LoraConfig but for the last six. Construction raises ValueError or TypeError.
     Sources: LoRA arXiv 2106.09685; LoRA-FA arXiv 2308.03303; LoRA-SP arXiv 2403.08822; rsLoRA arXiv 2312.03732.
     """
 
@@ -180,6 +183,7 @@ class LoRAConfig:
     adapter_dtype: torch.dtype | None = None
     partial: PartialConfig | None = None
     share_input: bool | Sequence[Sequence[str]] = True
+    recompute_mlp: bool | str = False
 
     def __post_init__(self):
         check_adapter("LoRAConfig", **self.adapter_arguments())
@@ -195,6 +199,7 @@ class LoRAConfig:
             "layers_to_transform": self._layer_indices(),
             "layers_pattern": self._layer_names(),
             "share_input": self._groups(),
+            "recompute_mlp": self._recompute(),
         }
         for name in ("rank_pattern", "alpha_pattern"):
             normal[name] = self._pattern(name)
@@ -255,6 +260,12 @@ class LoRAConfig:
         if not groups or any(names is None or len(set(names)) < 2 for names in groups):
             raise ValueError(f"LoRAConfig: share_input must hold groups of two or more names, got {value!r}")
         return groups
+
+    def _recompute(self) -> bool | str:
+        value = RECOMPUTE_MODES[0] if self.recompute_mlp is True else self.recompute_mlp
+        if value is not False and value not in RECOMPUTE_MODES:
+            raise ValueError(f"LoRAConfig: recompute_mlp must be a bool, 'activation' or 'full', got {value!r}")
+        return value
 
     def _pattern(self, name: str) -> dict:
         value = getattr(self, name)

@@ -8,6 +8,7 @@ from torch import nn
 from lorasp.adapted_model import active_adapter, adapted_layers, adapter_configs, unwrap, whole_keys
 from lorasp.config import LoRAConfig
 from lorasp.injection_plan import Plan, make_plan
+from lorasp.model_mlps import recompute_mlp
 from lorasp.nn import DEFAULT_ADAPTER, LoRALinear
 from lorasp.quantized import parameter_count
 from lorasp.shared_input import SharedInput
@@ -86,6 +87,8 @@ def install(plan: Plan) -> InjectReport:
         SharedInput(members)
     for layer_name, kept in plan.kept.items():
         plan.layers[layer_name].keep_input = kept
+    if plan.config.recompute_mlp:
+        recompute_mlp(model, plan.config.recompute_mlp)
     model.lorasp_configs[name] = plan.config
     model.lorasp_whole.add(model, name, whole_keys(model, plan.config, plan.layers), active=first)
     return report(model, plan.skipped)

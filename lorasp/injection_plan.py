@@ -12,6 +12,7 @@ from lorasp.adapted_model import adapted_layers, adapter_configs, modules_to_sav
 from lorasp.adapter import Adapter
 from lorasp.config import ALL_LINEAR, LoRAConfig, layer_index, matches_end, matches_names
 from lorasp.model_inputs import kept_inputs, shared_inputs
+from lorasp.model_mlps import find_mlps
 from lorasp.nn import DEFAULT_ADAPTER, DTYPES, LoRALinear, is_conv1d
 from lorasp.partial_adapter import PartialAdapter
 from lorasp.quantized import frozen_base
@@ -104,6 +105,8 @@ def make_plan(
         for name in members:
             if isinstance(plan.adapters[name], PartialAdapter):
                 plan.adapters[name].share(shared)
+    if config.recompute_mlp:
+        find_mlps(model, f"{where}: recompute_mlp")
     plan.kept = kept_inputs(model, modules, plan.layers)
     return plan
 

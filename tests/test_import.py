@@ -33,14 +33,16 @@ ALLOWED = {
     "lorasp/model_inputs.py": {"config", "nn"},
     "lorasp/adapted_model.py": {"config", "nn"},
     "lorasp/injection_plan.py": {
-        "adapted", "adapted_model", "adapter", "config", "model_inputs", "nn", "partial_adapter", "quantized",
-        "quantized_linear", "sharding",
+        "adapted", "adapted_model", "adapter", "config", "model_inputs", "model_mlps", "nn", "partial_adapter",
+        "quantized", "quantized_linear", "sharding",
     },
     "lorasp/inject.py": {
-        "adapted_model", "config", "injection_plan", "nn", "quantized", "shared_input", "whole_tensors",
+        "adapted_model", "config", "injection_plan", "model_mlps", "nn", "quantized", "shared_input", "whole_tensors",
     },
     "lorasp/adapters.py": {"adapted_model", "injection_plan", "nn", "quantized_linear", "whole_tensors"},
     "lorasp/processes.py": {"adapted_model", "adapter", "sharding"},
+    "lorasp/recompute.py": set(),
+    "lorasp/model_mlps.py": {"nn", "recompute"},
     "lorasp/stored_selection.py": {"adapter", "config", "partial_adapter", "selection"},
     "lorasp/adapter_files.py": {"adapter", "config", "stored_selection"},
     "lorasp/checkpoint.py": {

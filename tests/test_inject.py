@@ -394,3 +394,21 @@ class TestSharedInput:
     def test_what_is_no_group(self, share):
         with pytest.raises((TypeError, ValueError), match="share_input"):
             config(share_input=share)
+
+
+class TestRecompute:
+    @pytest.mark.parametrize("mode", [True, "full"])
+    def test_mlps_recompute_as_the_config_says(self, mode):
+        transformers = pytest.importorskip("transformers")
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2}
+        model = transformers.LlamaModel(transformers.LlamaConfig(vocab_size=8, **sizes))
+        inject(model, LoRAConfig(target_modules="all-linear", recompute_mlp=mode))
+        modes = {layer.mlp.lorasp_recompute for layer in model.layers}
+        assert modes == {"activation" if mode is True else mode}
+
+    def test_a_model_without_known_mlps_stays_as_it_was(self):
+        model = Model()
+        before = snapshot(model)
+        with pytest.raises(ValueError, match="recompute_mlp: model must have MLPs of a known kind"):
+            inject(model, LoRAConfig(target_modules=["q_proj"], recompute_mlp=True))
+        assert snapshot(model) == before

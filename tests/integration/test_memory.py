@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 
 import lorasp
-from lorasp import LoRAConfig, LoRALinear, PartialConfig, inject
+from lorasp import LoRAConfig, LoRALinear, PartialConfig, inject, recompute_mlp
 from lorasp.memory import saved_bytes
 
 M, K, N, R = 24, 40, 56, 4
@@ -118,7 +118,7 @@ def test_nothing_is_kept_where_no_gradient_flows():
 TOKENS, WIDTH, MLP, LAYERS, LINEARS, INPUTS, RANK = 1024, 512, 1408, 4, 7, 4, 16
 
 
-def saved_by_llama(config: LoRAConfig | None) -> int:
+def llama(config: LoRAConfig | None) -> nn.Module:
     torch.manual_seed(0)
     sizes = {"hidden_size": WIDTH, "intermediate_size": MLP, "num_hidden_layers": LAYERS, "vocab_size": 512}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 8}
@@ -126,6 +126,14 @@ def saved_by_llama(config: LoRAConfig | None) -> int:
     model.train().requires_grad_(False)
     if config is not None:
         inject(model, config)
+    return model
+
+
+def saved_by_llama(config: LoRAConfig | None) -> int:
+    return saved_by(llama(config))
+
+
+def saved_by(model: nn.Module) -> int:
     x = torch.randn(4, TOKENS // 4, WIDTH, dtype=torch.bfloat16, requires_grad=True)
     return saved_bytes(lambda: model(inputs_embeds=x), exclude=model)
 
@@ -160,6 +168,27 @@ def test_llama_with_half_of_the_features_over_the_frozen_model(frozen_llama, res
     inputs, low_rank = TOKENS * (WIDTH + WIDTH + MLP) // 2, LINEARS * TOKENS * RANK
     assert half == LAYERS * ((inputs + low_rank) * 2 + INPUTS * SEED * (dropout > 0))
     assert half <= 0.6 * whole
+
+
+@pytest.mark.parametrize("kind", ["frozen", "LoRA-FA", "LoRA with dropout"])
+def test_llama_that_recomputes_its_mlps(frozen_llama, kind):
+    adapted, trains_A, dropout = kind != "frozen", kind == "LoRA with dropout", 0.05 * (kind == "LoRA with dropout")
+    config = LoRAConfig(r=RANK, target_modules="all-linear", freeze_A=not trains_A, lora_dropout=dropout)
+    model = llama(config if adapted else None)
+    inputs, low_rank = TOKENS * 2 * WIDTH * trains_A, LINEARS * TOKENS * RANK * adapted
+    # Of gate, act(gate) and up the first and the last stay; down's input never does.
+    recompute_mlp(model, "activation")
+    activation = saved_by(model)
+    over = -TOKENS * MLP + inputs + low_rank
+    assert activation - frozen_llama == LAYERS * (over * 2 + INPUTS * SEED * trains_A)
+    # x stays, and nothing else of what gate and up keep.
+    recompute_mlp(model, "full")
+    full = saved_by(model)
+    over = -3 * TOKENS * MLP + (inputs or TOKENS * WIDTH) + low_rank - 2 * TOKENS * RANK * adapted
+    assert full - frozen_llama == LAYERS * (over * 2 + (INPUTS - 1) * SEED * trains_A)
+    if kind == "LoRA-FA":
+        assert activation <= 0.86 * frozen_llama
+        assert full <= 0.62 * frozen_llama
 
 
 class TestSavedBytes:
