@@ -91,7 +91,9 @@ class BitsAndBytes4bit(FrozenBase):
 
     def standing(self) -> Standing:
         state, weight = self.module.weight.quant_state, self.module.weight
-        tensors, nested = (weight.view(-1, 1), state.absmax, state.code), None
+        # A view: packing gives the Parameter itself other data, maybe before this backward. A trace can keep no view.
+        codes = weight if torch.compiler.is_compiling() else weight.view(-1, 1)
+        tensors, nested = (codes, state.absmax, state.code), None
         if state.nested:
             tensors += (state.offset, state.state2.absmax, state.state2.code)
             nested = state.state2.blocksize, state.state2.dtype
@@ -109,7 +111,7 @@ class BitsAndBytes4bit(FrozenBase):
             state2 = QuantState(absmax=absmax2, code=code2, blocksize=nested[0], dtype=nested[1])
         state = QuantState(absmax, shape, code, blocksize, quant_type, weight_dtype, offset, state2)
         dy = dy.to(compute_dtype or dtype)
-        return dy @ dequantize_4bit(codes, state).to(dy.dtype)
+        return dy @ dequantize_4bit(codes.view(-1, 1), state).to(dy.dtype)
 
 
 class BitsAndBytes8bit(FrozenBase):
