@@ -5,7 +5,7 @@ through the quantiser's own dequantisation, as its own backward would, but backw
 
 | layer | product | temporaries of dx | what the layer by itself keeps for backward |
 |---|---|---|---|
-| bitsandbytes Linear4bit (nf4, fp4, nested) | gemm_4bit (CPU: W dequantised) | W in its old dtype and in dy's | nothing |
+| bitsandbytes Linear4bit | gemm_4bit (CPU: W dequantised) | W in its old and in dy's dtype | nothing |
 | bitsandbytes Linear8bitLt | int8 product (CPU, training: W dequantised) | W in x's dtype | x, unseen by hooks |
 | torchao Int8Tensor in nn.Linear (weight only) | x and the codes cast to x's dtype | W in dy's dtype | W in x's dtype |
 
