@@ -3,11 +3,11 @@
 A FrozenBase wraps the quantised layer itself. The product is the layer's own forward(), to the bit; dx = dy W goes
 through the quantiser's own dequantisation, as its own backward would, but backward keeps nothing of full size:
 
-| layer | product | dx, per backward | kept, or hidden from saved-tensor hooks, without this |
+| layer | product | temporaries of dx | what the layer by itself keeps for backward |
 |---|---|---|---|
-| bitsandbytes Linear4bit (nf4, fp4, nested) | gemm_4bit | dequantize_4bit: one W in the weight's old dtype | nothing |
-| bitsandbytes Linear8bitLt | int8 product, or W dequantised (CPU, training) | one W in x's dtype | x, as an attribute |
-| torchao Int8Tensor in nn.Linear (weight only) | x times int8 cast | one W in x's dtype | a whole W in x's dtype |
+| bitsandbytes Linear4bit | gemm_4bit (CPU: W dequantised) | W in its old and in dy's dtype | nothing |
+| bitsandbytes Linear8bitLt | int8 product (CPU, training: W dequantised) | W in x's dtype | x, unseen by hooks |
+| torchao Int8Tensor in nn.Linear (weight only) | x and the codes cast to x's dtype | W in dy's dtype | W in x's dtype |
 
 What backward reads of the weight (codes, statistics) is saved through save_for_backward as it stands, without a copy.
 Sources: QLoRA arXiv 2305.14314; LLM.int8() arXiv 2208.07339; the backward formulas are bitsandbytes.autograd's.
@@ -91,7 +91,9 @@ class BitsAndBytes4bit(FrozenBase):
 
     def standing(self) -> Standing:
         state, weight = self.module.weight.quant_state, self.module.weight
-        tensors, nested = (weight.view(-1, 1), state.absmax, state.code), None
+        # A view: packing gives the Parameter itself other data, maybe before this backward. A trace can keep no view.
+        codes = weight if torch.compiler.is_compiling() else weight.view(-1, 1)
+        tensors, nested = (codes, state.absmax, state.code), None
         if state.nested:
             tensors += (state.offset, state.state2.absmax, state.state2.code)
             nested = state.state2.blocksize, state.state2.dtype
@@ -109,7 +111,7 @@ class BitsAndBytes4bit(FrozenBase):
             state2 = QuantState(absmax=absmax2, code=code2, blocksize=nested[0], dtype=nested[1])
         state = QuantState(absmax, shape, code, blocksize, quant_type, weight_dtype, offset, state2)
         dy = dy.to(compute_dtype or dtype)
-        return dy @ dequantize_4bit(codes, state).to(dy.dtype)
+        return dy @ dequantize_4bit(codes.view(-1, 1), state).to(dy.dtype)
 
 
 class BitsAndBytes8bit(FrozenBase):

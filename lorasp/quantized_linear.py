@@ -75,8 +75,8 @@ class QuantizedLoRALinearFunction(torch.autograd.Function):
     def forward(ctx, x, bias, lora_A, lora_B, seed, base, scale, dropout_p):
         need_x, _, need_A, need_B = ctx.needs_input_grad[:4]
         y = base.product(x, need_x)
-        # A view made here could not be written to in place by the caller.
-        y = torch.ops.aten._unsafe_view.default(y, y.shape) if y._is_view() else y
+        # Some products end in a view; autograd must not take y for one, or it could not be written to in place.
+        y = torch.ops.aten._unsafe_view.default(y, y.shape)
         backend = registry.choose("lora_update", y.device.type, y.dtype)
         factors = factor(lora_A, y.dtype), factor(lora_B, y.dtype)
         xa = update(y, x, *factors, seed, scale, dropout_p, 0, backend)
