@@ -15,8 +15,8 @@ from lorasp.sharding import Processes, is_sharded
 def check_processes(model: nn.Module, group: "torch.distributed.ProcessGroup | None" = None) -> None:
     """Raise ValueError, on every process alike, unless all of them hold the same adapters in `model`.
 
-    Compared are the adapters' ranks, scales and settings, names, shapes and dtypes of what trains, LoRA-SP's selections
-    and the bits of every adapter tensor that a process holds whole (a frozen A stays so under fully_shard).
+    Compared are configs, the adapters' ranks, scales and settings, names, shapes and dtypes of what trains, LoRA-SP's
+    selections and the bits of all these tensors that a process holds whole (a frozen A stays so under fully_shard).
 
     Every process must call it: those that `model` is sharded among, else those of `group` (default: of the model's
     DistributedDataParallel, or all). Without torch.distributed there is nothing to compare. Call it before fully_shard,
@@ -36,7 +36,7 @@ def check_processes(model: nn.Module, group: "torch.distributed.ProcessGroup | N
 
 
 def description(model: nn.Module, *, values: bool) -> dict[str, str]:
-    """Adapters, their tensors and all else that trains, by name; with values, the digests of what is held whole."""
+    """Adapters, their tensors, all else that trains, configs, by name; with values, digests of what is held whole."""
     found, own = {}, set()
     for name, module in model.named_modules():
         if isinstance(module, Adapter):
@@ -47,6 +47,8 @@ def description(model: nn.Module, *, values: bool) -> dict[str, str]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter not in own:
             found[name] = _words(parameter, values)
+    for name, config in getattr(model, "lorasp_configs", {}).items():
+        found |= {f"config {name!r}, {field}": repr(value) for field, value in vars(config).items()}
     return found
 
 

@@ -89,7 +89,7 @@ def restore(stored: Stored, adapters: dict[str, Adapter]) -> None:
 
 
 def _chosen(adapter: PartialAdapter, bits: dict) -> Selection:
-    # No bits of A: it was frozen where the file comes from.
+    """The stored selection; the adapter's own columns of A where the file has none, because A was frozen there."""
     masks = [
         mask if mask is None or field not in bits else _mask(bits[field], tuple(mask.shape))
         for field, mask in zip(Selection._fields, adapter.selection(), strict=True)

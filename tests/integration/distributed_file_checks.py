@@ -168,6 +168,9 @@ MISMATCHES = {
     "dtype": ({}, {"dtype": torch.bfloat16}, r"dtype=torch\.float32\) on rank 0, .*dtype=torch\.bfloat16"),
     "layers": ({}, {"target_modules": ["q_proj", "up"], "share_input": False}, "k_proj.* on rank 0, nothing on rank 1"),
     "bias": ({}, {"bias": "all"}, r"bias: nothing on rank 0, \(8,\) torch\.float32"),
+    "config": (
+        {}, {"target_modules": r".*(q|k|v|o)_proj|.*up"}, r"config 'default', target_modules: \('q_proj', .* on rank 1$"
+    ),
     "selection": (
         {"partial": PartialConfig()}, {"partial": PartialConfig(seed=3)}, r"default\.active_A: \(1, 8\) torch\.bool"
     ),
