@@ -24,10 +24,10 @@ def set_adapter(model: nn.Module, adapter_name: str) -> None:
     _check_name("set_adapter", model, adapter_name)
     layers = adapted_layers(model)
     _check_plain("set_adapter", layers)
-    for layer in layers.values():
-        layer.set_adapter(adapter_name)
     model.lorasp_whole.switch(model, adapter_name)
     model.lorasp_whole.train(model)
+    for layer in layers.values():
+        layer.set_adapter(adapter_name)
 
 
 @contextlib.contextmanager
@@ -42,9 +42,9 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     for layer in layers:
         layer.base_weight()
     active = active_adapter(model)
+    model.lorasp_whole.switch(model, BASE)
     for layer in layers:
         layer.enabled = False
-    model.lorasp_whole.switch(model, BASE)
     try:
         yield
     finally:

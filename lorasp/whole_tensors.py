@@ -8,6 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from lorasp.sharding import is_sharded
+
 # Whose values a place has where no adapter trains it; no adapter can be called so.
 BASE = ""
 
@@ -43,18 +45,25 @@ class WholeTensors:
                 own[key] = copies[base]
 
     def switch(self, model: nn.Module, adapter: str) -> None:
-        """Put an adapter's tensors in force, the base's where it has none. Nobody's requires_grad changes."""
-        for key, owner in self._in_force.items():
-            wanted = adapter if self.has(adapter, key) else BASE
-            if owner == wanted:
-                continue
+        """Put an adapter's tensors in force, the base's where it has none. Nobody's requires_grad changes.
+
+        Raises ValueError, with nothing changed, where one to be replaced is sharded: what waits is whole.
+        """
+        wanted = {key: adapter if self.has(adapter, key) else BASE for key in self._in_force}
+        changes = {key: new for key, new in wanted.items() if new != self._in_force[key]}
+        if sharded := [key for key in changes if is_sharded(_place(model, key)[2])]:
+            raise ValueError(
+                "lorasp: biases and modules_to_save must be whole where adapters change, "
+                f"not in a sharded model: {sharded[0]}"
+            )
+        for key, new in changes.items():
             module, leaf, here = _place(model, key)
-            there = self._waiting[wanted].pop(key)
+            there = self._waiting[new].pop(key)
             if there.device != here.device or there.dtype != here.dtype:
                 there.data = there.data.to(here.device, here.dtype)
-            self._waiting[owner][key] = here
+            self._waiting[self._in_force[key]][key] = here
             (module._parameters if leaf in module._parameters else module._buffers)[leaf] = there
-            self._in_force[key] = wanted
+            self._in_force[key] = new
 
     def train(self, model: nn.Module) -> None:
         """Let what adapters have in force require grad, and nothing that waits."""

@@ -357,6 +357,16 @@ def test_bad_calls_change_nothing(call, message):
     assert torch.equal(model(X), expected)
 
 
+def test_whole_tensors_in_shards_do_not_change():
+    model = both()
+    model.head.weight.placements = ()  # what a DTensor is known by
+    before = trainable(model)
+    with pytest.raises(ValueError, match=r"sharded model: head\.weight"):
+        lorasp.set_adapter(model, "second")
+    assert trainable(model) == before
+    assert {layer.active_adapter for layer in adapted_layers(model).values()} == {"default"}
+
+
 @pytest.mark.parametrize(
     "call",
     [

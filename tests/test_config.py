@@ -39,6 +39,8 @@ from lorasp.config import HiddenKeyConfig, LoRAConfig, layer_index, matches_name
         ({"layers_to_transform": [0, -1], "target_modules": ["q"]}, "layers_to_transform must be an int >= 0"),
         ({"layers_to_transform": 1, "target_modules": ".*q"}, "layers_to_transform needs target_modules to be a list"),
         ({"layers_pattern": "h", "target_modules": ["q"]}, "layers_pattern needs layers_to_transform"),
+        ({"recompute_mlp": "all"}, "recompute_mlp must be a bool, 'activation' or 'full', got 'all'"),
+        ({"recompute_mlp": 1.0}, "recompute_mlp must be a bool"),
     ],
 )
 def test_refused(arguments, message):
