@@ -15,6 +15,7 @@ from lorasp.functional import (
 )
 from lorasp.inject import InjectReport, inject
 from lorasp.integrations.hiddenkey import HiddenKeyResult, hiddenkey_step
+from lorasp.integrations.peft import AccelerateReport, accelerate, restore
 from lorasp.integrations.transformers import HiddenKeyReport, apply_hiddenkey, remove_hiddenkey
 from lorasp.nn import LoRALinear
 from lorasp.ops.registry import available_backends, use_backend
@@ -25,6 +26,7 @@ from lorasp.shared_input import SharedInput
 __version__ = "0.1.0"
 
 __all__ = [
+    "AccelerateReport",
     "HiddenKeyConfig",
     "HiddenKeyReport",
     "HiddenKeyResult",
@@ -37,6 +39,7 @@ __all__ = [
     "PartialAdamW",
     "PartialConfig",
     "SharedInput",
+    "accelerate",
     "apply_hiddenkey",
     "available_backends",
     "consistency_loss",
@@ -51,6 +54,7 @@ __all__ = [
     "pack_weight",
     "remove_hiddenkey",
     "resample",
+    "restore",
     "save_adapter",
     "select",
     "use_backend",

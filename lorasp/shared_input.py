@@ -154,13 +154,13 @@ class SharedInput:
         layers = (member() for member in self._members)
         return tuple(layer for layer in layers if layer is not None and layer.shared_input is self)
 
-    def __call__(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """layer's output for x."""
+    def __call__(self, layer: nn.Module, x: Tensor, operands: tuple | None = None) -> Tensor:
+        """layer's output for x; operands: its own, where it made them already."""
         index = layer.shared_index
         # In inference mode nothing tells that a tensor was written to.
         inference = torch.is_inference_mode_enabled() or not isinstance(x, Tensor) or x.is_inference()
         if inference or self._members[index]() is not layer:
-            return layer.compute(x)
+            return layer.compute(x, operands)
         around = surroundings(x)
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
         # The region is known by its unpack hook, which lives as long as something saved in it can be asked for.
@@ -169,7 +169,7 @@ class SharedInput:
         if round is None or round.served >> index & 1 or not round.fits(x, around, region):
             round = self._next_round(_Round(x, around, region))
         round.served |= 1 << index
-        operands = layer._operands()
+        operands = operands or layer._operands()
         outputs = round.outputs()
         if outputs is not None:
             output = outputs.pop(index, None)
@@ -189,6 +189,8 @@ class SharedInput:
             if member is None or member.shared_input is not self or (outputs and other in outputs):
                 continue
             candidate = member._operands()
+            if candidate is None:  # a layer of PEFT's whose call PEFT serves
+                continue
             state = _state(candidate)
             if self._fit(x, index, *chosen[index], other, candidate, state):
                 chosen[other] = candidate, state

@@ -24,11 +24,11 @@ ALLOWED = {
     "lorasp/optim": {"adapter", "ops", "optim", "partial_adapter"},
     "lorasp/shared_input.py": {"functional"},
     "lorasp/nn.py": {"config", "functional", "partial", "partial_adapter", "shared_input"},
-    "lorasp/model_inputs.py": {"config", "nn"},
+    "lorasp/model_inputs.py": {"config"},
     "lorasp/inject.py": {"config", "model_inputs", "nn", "shared_input"},
     "lorasp/stored_selection.py": {"adapter", "config", "partial_adapter", "selection"},
     "lorasp/checkpoint.py": {"adapter", "config", "inject", "nn", "stored_selection"},
-    "lorasp/integrations": {"config", "functional", "inject", "integrations"},
+    "lorasp/integrations": {"config", "functional", "inject", "integrations", "model_inputs", "nn", "shared_input"},
     "triton_kernels": {"triton_kernels"},
 }
 

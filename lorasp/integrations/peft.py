@@ -1,0 +1,180 @@
+"""PEFT models run on lorasp's operators: accelerate() and restore().
+
+PEFT's LoRA layers stay PEFT's: parameters, names, files, merging, switching, training loops. Their class becomes a
+subclass that computes the forward, so deepcopy and pickle carry it along and isinstance still holds.
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from lorasp.config import LoRAConfig
+from lorasp.inject import shared_groups, unwrap
+from lorasp.model_inputs import shared_inputs
+from lorasp.nn import DTYPES, is_conv1d
+from lorasp.shared_input import SharedInput
+
+
+@dataclass(frozen=True)
+class AccelerateReport:
+    """What accelerate() did, by the layers' names in the model.
+
+    accelerated: layers that run fused, with one of their adapters at least; kept: those that PEFT's own forward serves,
+    with the reason, which names the adapter where it is one adapter's; groups: layers that read one input and run as
+    one operator (SharedInput); frozen_A: adapter -> layers whose A stays frozen (LoRA-FA).
+    """
+
+    accelerated: tuple[str, ...]
+    kept: dict[str, str]
+    groups: tuple[tuple[str, ...], ...]
+    frozen_A: dict[str, tuple[str, ...]]
+
+    def __str__(self) -> str:
+        kinds = Counter(name.rpartition(".")[2] for name in self.accelerated)
+        groups = Counter("+".join(name.rpartition(".")[2] for name in group) for group in self.groups)
+        counted = f": {', '.join(f'{kind} x{n}' for kind, n in kinds.items())}" if kinds else ""
+        lines = [f"lorasp: {len(self.accelerated)} layers accelerated{counted}"]
+        if groups:
+            lines.append(f"one operator per input: {', '.join(f'{names} x{n}' for names, n in groups.items())}")
+        for adapter, names in self.frozen_A.items():
+            lines.append(f"LoRA-FA: A of adapter {adapter!r} stays frozen in {len(names)} layers")
+        return "\n".join(lines + [f"PEFT's own forward {name}: {why}" for name, why in self.kept.items()])
+
+
+def accelerate(
+    model: nn.Module, *, freeze_A: bool | None = None, share_input: bool | Sequence[Sequence[str]] = True
+) -> AccelerateReport:
+    """Let PEFT's LoRA layers in `model` compute through lora_linear, in place; all else about them stays PEFT's.
+
+    model: a PeftModel, or any model PEFT (transformers, diffusers) put LoRA layers into. x, y, gradients: as with PEFT,
+    to rounding; dropout draws other masks from the same generator. What is not fused keeps PEFT's forward, per layer
+    (see the report) or per call (see FusedLinear). Layers on one input run together, as with LoRAConfig.share_input.
+    Second derivatives raise.
+
+    freeze_A, LoRA-FA: with None every A that does not require grad while its B does stays so, whatever PEFT's
+    set_adapter, enable_adapters or set_requires_grad say; with True every A, of adapters to come too; with False none.
+    Backward then keeps x A^T instead of x. Make the optimizer afterwards.
+
+    Adapters may be added, loaded, switched, merged and deleted afterwards. Call it again for layers that a new adapter
+    brought, and to decide again which A is frozen: a second call adds to the first (freeze_A=False starts afresh).
+
+    Raises TypeError or ValueError, with the model as it was, if there is no LoRA layer of PEFT's, if the model is
+    wrapped in DistributedDataParallel (accelerate first, then wrap) or share_input fits no layers.
+    Sources: LoRA arXiv 2106.09685; LoRA-FA arXiv 2308.03303.
+    """
+    root = _checked("accelerate", model)
+    if freeze_A is not None and not isinstance(freeze_A, bool):
+        raise TypeError(f"accelerate: freeze_A must be None, True or False, got {freeze_A!r}")
+    found = _lora_layers(root)
+    if not found:
+        raise ValueError(f"accelerate: model must have LoRA layers of PEFT's, {type(root).__name__} has none")
+    kept = {name: why for name, layer in found.items() if (why := _obstacle(layer)) is not None}
+    layers = {name: layer for name, layer in found.items() if name not in kept}
+    modules = dict(root.named_modules(remove_duplicate=False))
+    groups = shared_inputs(modules, layers, LoRAConfig(share_input=share_input), "accelerate")
+    for layer in layers.values():
+        _fuse(layer, freeze_A)
+    for members in groups.values():
+        SharedInput(list(members.values()))
+    return _report(layers, kept)
+
+
+def restore(model: nn.Module) -> None:
+    """Undo accelerate(): PEFT's own classes, and what freeze_A=True froze trains as its B does. Nothing if not applied.
+
+    Raises TypeError or ValueError, with the model as it was, where accelerate() would, and for layers that were
+    themselves given to fully_shard.
+    """
+    root = _checked("restore", model)
+    fused = _fused_class()
+    layers = {name: layer for name, layer in root.named_modules() if fused and isinstance(layer, fused)}
+    if changed := [name for name, layer in layers.items() if type(layer) is not fused]:
+        raise ValueError(f"restore: the class of a layer must be as accelerate() left it, got another for {changed}")
+    for layer in layers.values():
+        for adapter, trains in layer.frozen_A.items():
+            if trains and adapter in layer.lora_A:
+                layer.lora_A[adapter].weight.requires_grad_(layer.lora_B[adapter].weight.requires_grad)
+        layer.__class__ = fused.__base__
+        for name in ("shared_input", "shared_index", "frozen_A", "freeze_A"):
+            vars(layer).pop(name, None)
+
+
+def _checked(where: str, model: nn.Module) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{where}: model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError(f"{where}: model must not be wrapped in DistributedDataParallel yet; {where} first, then wrap")
+    return unwrap(model)
+
+
+def _lora_layers(root: nn.Module) -> dict[str, nn.Module]:
+    """PEFT's LoRA layers by name, a shared one by its first. Where peft was never imported there are none."""
+    library = sys.modules.get("peft.tuners.lora.layer")
+    return {n: m for n, m in root.named_modules() if isinstance(m, library.LoraLayer)} if library else {}
+
+
+def _fused_class() -> type | None:
+    if "peft.tuners.lora.layer" not in sys.modules:
+        return None
+    from lorasp.integrations.peft_linear import FusedLinear
+
+    return FusedLinear
+
+
+def _obstacle(layer: nn.Module) -> str | None:
+    """Why this layer cannot compute through lora_linear, whatever its adapters; None if it can."""
+    fused, kind = _fused_class(), type(layer)
+    if kind is not fused and kind is not fused.__base__:
+        return f"{kind.__name__} is not PEFT's lora.Linear"
+    if "forward" in vars(layer):
+        return "it was given a forward of its own"
+    base = layer.base_layer
+    plain = nn.Linear if isinstance(base, nn.Linear) else type(base)
+    if not isinstance(base, nn.Linear) and not is_conv1d(base):
+        return f"its base layer {type(base).__name__} is not a linear layer"
+    if type(base).forward is not plain.forward or "forward" in vars(base):
+        return f"its base layer {type(base).__name__} has a forward of its own"
+    weight = base._parameters.get("weight")
+    if weight is None or "bias" not in base._parameters:
+        return "its base weight is computed, not stored (parametrised)"
+    # fully_shard keeps a DTensor there, and the plain weight while forward runs.
+    if (type(weight) is not nn.Parameter and type(weight).__name__ != "DTensor") or weight.dtype not in DTYPES:
+        return f"its base weight is a {type(weight).__name__} of {weight.dtype}"
+    return None
+
+
+def _fuse(layer: nn.Module, freeze_A: bool | None) -> None:
+    if type(layer) is not _fused_class():
+        layer.__class__ = _fused_class()
+        layer.frozen_A, layer.freeze_A = {}, False
+    layer.shared_input = None
+    if freeze_A is False:
+        layer.frozen_A, layer.freeze_A = {}, False
+        return
+    for adapter in layer.lora_A:
+        trains = layer.lora_A[adapter].weight.requires_grad, layer.lora_B[adapter].weight.requires_grad
+        if trains == (False, True):
+            layer.frozen_A.setdefault(adapter, False)
+    layer.freeze_A = layer.freeze_A or bool(freeze_A)
+    layer.hold()
+
+
+def _report(layers: dict[str, nn.Module], kept: dict[str, str]) -> AccelerateReport:
+    accelerated, frozen_A = [], {}
+    for name, layer in layers.items():
+        reasons = {adapter: layer.why_not(adapter) for adapter in layer.lora_A}
+        if None in reasons.values():
+            accelerated.append(name)
+        if why := [f"adapter {adapter!r}: {reason}" for adapter, reason in reasons.items() if reason]:
+            kept[name] = "; ".join(why)
+        for adapter in layer.frozen_A:
+            frozen_A.setdefault(adapter, []).append(name)
+    return AccelerateReport(
+        accelerated=tuple(accelerated),
+        kept=kept,
+        groups=shared_groups({name: layers[name] for name in accelerated}),
+        frozen_A={adapter: tuple(names) for adapter, names in frozen_A.items()},
+    )
