@@ -14,7 +14,6 @@ from torch import nn
 from lorasp.config import LoRAConfig
 from lorasp.inject import shared_groups, unwrap
 from lorasp.model_inputs import shared_inputs
-from lorasp.nn import DTYPES, is_conv1d
 from lorasp.shared_input import SharedInput
 
 
@@ -41,7 +40,7 @@ class AccelerateReport:
             lines.append(f"one operator per input: {', '.join(f'{names} x{n}' for names, n in groups.items())}")
         for adapter, names in self.frozen_A.items():
             lines.append(f"LoRA-FA: A of adapter {adapter!r} stays frozen in {len(names)} layers")
-        return "\n".join(lines + [f"PEFT's own forward {name}: {why}" for name, why in self.kept.items()])
+        return "\n".join(lines + [f"kept {name}: {why}" for name, why in self.kept.items()])
 
 
 def accelerate(
@@ -62,7 +61,7 @@ def accelerate(
     brought, and to decide again which A is frozen: a second call adds to the first (freeze_A=False starts afresh).
 
     Raises TypeError or ValueError, with the model as it was, if there is no LoRA layer of PEFT's, if the model is
-    wrapped in DistributedDataParallel (accelerate first, then wrap) or share_input fits no layers.
+    wrapped in DistributedDataParallel (wrap it afterwards) or share_input fits no layers.
     Sources: LoRA arXiv 2106.09685; LoRA-FA arXiv 2308.03303.
     """
     root = _checked("accelerate", model)
@@ -71,7 +70,9 @@ def accelerate(
     found = _lora_layers(root)
     if not found:
         raise ValueError(f"accelerate: model must have LoRA layers of PEFT's, {type(root).__name__} has none")
-    kept = {name: why for name, layer in found.items() if (why := _obstacle(layer)) is not None}
+    from lorasp.integrations.peft_linear import obstacle
+
+    kept = {name: why for name, layer in found.items() if (why := obstacle(layer)) is not None}
     layers = {name: layer for name, layer in found.items() if name not in kept}
     modules = dict(root.named_modules(remove_duplicate=False))
     groups = shared_inputs(modules, layers, LoRAConfig(share_input=share_input), "accelerate")
@@ -89,15 +90,17 @@ def restore(model: nn.Module) -> None:
     themselves given to fully_shard.
     """
     root = _checked("restore", model)
-    fused = _fused_class()
-    layers = {name: layer for name, layer in root.named_modules() if fused and isinstance(layer, fused)}
-    if changed := [name for name, layer in layers.items() if type(layer) is not fused]:
-        raise ValueError(f"restore: the class of a layer must be as accelerate() left it, got another for {changed}")
+    layers = {name: layer for name, layer in _lora_layers(root).items() if hasattr(layer, "frozen_A")}
+    if not layers:
+        return
+    from lorasp.integrations.peft_linear import FusedLinear
+
+    for name, layer in layers.items():
+        if type(layer) is not FusedLinear:
+            raise ValueError(f"restore: {name} must be of the class accelerate() gave it, got {type(layer).__name__}")
     for layer in layers.values():
-        for adapter, trains in layer.frozen_A.items():
-            if trains and adapter in layer.lora_A:
-                layer.lora_A[adapter].weight.requires_grad_(layer.lora_B[adapter].weight.requires_grad)
-        layer.__class__ = fused.__base__
+        layer.release()
+        layer.__class__ = FusedLinear.__base__
         for name in ("shared_input", "shared_index", "frozen_A", "freeze_A"):
             vars(layer).pop(name, None)
 
@@ -106,7 +109,7 @@ def _checked(where: str, model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{where}: model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise ValueError(f"{where}: model must not be wrapped in DistributedDataParallel yet; {where} first, then wrap")
+        raise ValueError(f"{where}: model must not be wrapped in DistributedDataParallel, pass the module inside")
     return unwrap(model)
 
 
@@ -116,49 +119,19 @@ def _lora_layers(root: nn.Module) -> dict[str, nn.Module]:
     return {n: m for n, m in root.named_modules() if isinstance(m, library.LoraLayer)} if library else {}
 
 
-def _fused_class() -> type | None:
-    if "peft.tuners.lora.layer" not in sys.modules:
-        return None
+def _fuse(layer: nn.Module, freeze_A: bool | None) -> None:
     from lorasp.integrations.peft_linear import FusedLinear
 
-    return FusedLinear
-
-
-def _obstacle(layer: nn.Module) -> str | None:
-    """Why this layer cannot compute through lora_linear, whatever its adapters; None if it can."""
-    fused, kind = _fused_class(), type(layer)
-    if kind is not fused and kind is not fused.__base__:
-        return f"{kind.__name__} is not PEFT's lora.Linear"
-    if "forward" in vars(layer):
-        return "it was given a forward of its own"
-    base = layer.base_layer
-    plain = nn.Linear if isinstance(base, nn.Linear) else type(base)
-    if not isinstance(base, nn.Linear) and not is_conv1d(base):
-        return f"its base layer {type(base).__name__} is not a linear layer"
-    if type(base).forward is not plain.forward or "forward" in vars(base):
-        return f"its base layer {type(base).__name__} has a forward of its own"
-    weight = base._parameters.get("weight")
-    if weight is None or "bias" not in base._parameters:
-        return "its base weight is computed, not stored (parametrised)"
-    # fully_shard keeps a DTensor there, and the plain weight while forward runs.
-    if (type(weight) is not nn.Parameter and type(weight).__name__ != "DTensor") or weight.dtype not in DTYPES:
-        return f"its base weight is a {type(weight).__name__} of {weight.dtype}"
-    return None
-
-
-def _fuse(layer: nn.Module, freeze_A: bool | None) -> None:
-    if type(layer) is not _fused_class():
-        layer.__class__ = _fused_class()
-        layer.frozen_A, layer.freeze_A = {}, False
+    if type(layer) is not FusedLinear:
+        layer.__class__, layer.frozen_A, layer.freeze_A = FusedLinear, {}, False
     layer.shared_input = None
     if freeze_A is False:
-        layer.frozen_A, layer.freeze_A = {}, False
+        layer.release()
         return
-    for adapter in layer.lora_A:
-        trains = layer.lora_A[adapter].weight.requires_grad, layer.lora_B[adapter].weight.requires_grad
-        if trains == (False, True):
+    for adapter, lora_A in layer.lora_A.items():
+        if layer.lora_B[adapter].weight.requires_grad and not lora_A.weight.requires_grad:
             layer.frozen_A.setdefault(adapter, False)
-    layer.freeze_A = layer.freeze_A or bool(freeze_A)
+    layer.freeze_A = layer.freeze_A or freeze_A is True
     layer.hold()
 
 
@@ -168,6 +141,8 @@ def _report(layers: dict[str, nn.Module], kept: dict[str, str]) -> AccelerateRep
         reasons = {adapter: layer.why_not(adapter) for adapter in layer.lora_A}
         if None in reasons.values():
             accelerated.append(name)
+        if not reasons:
+            kept[name] = "it has no adapter"
         if why := [f"adapter {adapter!r}: {reason}" for adapter, reason in reasons.items() if reason]:
             kept[name] = "; ".join(why)
         for adapter in layer.frozen_A:

@@ -10,6 +10,7 @@ import torch
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from lorasp.functional import lora_linear
@@ -80,25 +81,23 @@ class FusedLinear(Linear):
             name in self.lora_variant
             or type(lora_A) is not nn.Linear
             or type(lora_B) is not nn.Linear
-            or lora_B._parameters["bias"] is not None
+            or lora_B.bias is not None
             or not isinstance(scale, int | float)
             or not -math.inf < scale < math.inf
             or not (_bare(base) and _bare(lora_A) and _bare(lora_B) and _bare(dropout))
         ):
             return None
-        dropout_p = _rate(dropout)
-        stored = base._parameters
-        if dropout_p is None or "weight" not in stored or "bias" not in stored:
+        dropout_p, stored = _rate(dropout), base._parameters
+        weight, factor_A, factor_B = (m._parameters.get("weight") for m in (base, lora_A, lora_B))
+        if dropout_p is None or weight is None or factor_A is None or factor_B is None or "bias" not in stored:
             return None
-        weight = stored["weight"]
         if type(base).forward is not nn.Linear.forward:
             if type(base).forward is not Conv1D.forward:
                 return None
             weight = weight.t()
-        factor_A = lora_A._parameters["weight"]
         if factor_A.requires_grad and name in self.frozen_A:
             self.hold()
-        return Operands(weight, stored["bias"], factor_A, lora_B._parameters["weight"], scale, dropout_p)
+        return Operands(weight, stored["bias"], factor_A, factor_B, scale, dropout_p)
 
     def _serves(self, x: Tensor, o: Operands) -> bool:
         """Whether lora_linear computes PEFT's function of these tensors, without a copy of x in another dtype."""
@@ -152,6 +151,13 @@ class FusedLinear(Linear):
             if adapter in factors and factors[adapter].weight.requires_grad:
                 factors[adapter].weight.requires_grad_(False)
 
+    def release(self) -> None:
+        """Hold no A any more; those that PEFT would train do again, where their B does."""
+        for adapter, trains in self.frozen_A.items():
+            if trains and adapter in self.lora_A:
+                self.lora_A[adapter].weight.requires_grad_(self.lora_B[adapter].weight.requires_grad)
+        self.frozen_A, self.freeze_A = {}, False
+
     def set_adapter(self, *args, **kwargs) -> None:
         super().set_adapter(*args, **kwargs)
         self.hold()
@@ -168,6 +174,27 @@ class FusedLinear(Linear):
         super().__setstate__(state)
         if self.shared_input is not None:
             self.shared_input.adopt(self)
+
+
+def obstacle(layer: nn.Module) -> str | None:
+    """Why this LoRA layer of PEFT's cannot become a FusedLinear, whatever its adapters; None if it can (or is one)."""
+    if type(layer) not in (Linear, FusedLinear):
+        return f"{type(layer).__name__} is not PEFT's lora.Linear"
+    if "forward" in vars(layer):
+        return "it was given a forward of its own"
+    base = layer.base_layer
+    kind = type(base).__name__
+    if not isinstance(base, nn.Linear | Conv1D):
+        return f"its base layer {kind} is not a linear layer"
+    if type(base).forward not in (nn.Linear.forward, Conv1D.forward) or "forward" in vars(base):
+        return f"its base layer {kind} has a forward of its own"
+    weight = base._parameters.get("weight")
+    if weight is None or "bias" not in base._parameters:
+        return "its base weight or bias is computed, not stored (parametrised)"
+    # fully_shard keeps a DTensor there, and the plain weight while forward runs.
+    if (type(weight) is not nn.Parameter and not isinstance(weight, DTensor)) or weight.dtype not in _DTYPES:
+        return f"its base weight is a {type(weight).__name__} of {weight.dtype}"
+    return None
 
 
 def _bare(module: nn.Module) -> bool:
