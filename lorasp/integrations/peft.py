@@ -55,7 +55,8 @@ def accelerate(
 
     freeze_A, LoRA-FA: with None every A that does not require grad while its B does stays so, whatever PEFT's
     set_adapter, enable_adapters or set_requires_grad say; with True every A, of adapters to come too; with False none.
-    Backward then keeps x A^T instead of x. Make the optimizer afterwards.
+    Backward then keeps x A^T instead of x. Make the optimizer afterwards. Layers that cannot be fused are left as they
+    are in this too.
 
     Adapters may be added, loaded, switched, merged and deleted afterwards. Call it again for layers that a new adapter
     brought, and to decide again which A is frozen: a second call adds to the first (freeze_A=False starts afresh).
@@ -74,6 +75,9 @@ def accelerate(
 
     kept = {name: why for name, layer in found.items() if (why := obstacle(layer)) is not None}
     layers = {name: layer for name, layer in found.items() if name not in kept}
+    for name in kept:
+        if freeze_A or (freeze_A is None and _lora_fa(found[name])):
+            kept[name] += "; its A is not held frozen"
     modules = dict(root.named_modules(remove_duplicate=False))
     groups = shared_inputs(modules, layers, LoRAConfig(share_input=share_input), "accelerate")
     for layer in layers.values():
@@ -119,6 +123,15 @@ def _lora_layers(root: nn.Module) -> dict[str, nn.Module]:
     return {n: m for n, m in root.named_modules() if isinstance(m, library.LoraLayer)} if library else {}
 
 
+def _lora_fa(layer: nn.Module) -> list[str]:
+    """The adapters whose B trains and whose A does not."""
+
+    def trains(factor: nn.Module | nn.Parameter) -> bool:
+        return getattr(factor, "weight", factor).requires_grad
+
+    return [name for name in layer.lora_A if trains(layer.lora_B[name]) and not trains(layer.lora_A[name])]
+
+
 def _fuse(layer: nn.Module, freeze_A: bool | None) -> None:
     from lorasp.integrations.peft_linear import FusedLinear
 
@@ -128,9 +141,8 @@ def _fuse(layer: nn.Module, freeze_A: bool | None) -> None:
     if freeze_A is False:
         layer.release()
         return
-    for adapter, lora_A in layer.lora_A.items():
-        if layer.lora_B[adapter].weight.requires_grad and not lora_A.weight.requires_grad:
-            layer.frozen_A.setdefault(adapter, False)
+    for adapter in _lora_fa(layer):
+        layer.frozen_A.setdefault(adapter, False)
     layer.freeze_A = layer.freeze_A or freeze_A is True
     layer.hold()
 

@@ -285,6 +285,7 @@ class TestCompile:
         layer, dtype = model.get_submodule(f"base_model.model.{name}"), config.get("dtype", torch.float32)
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
         compiled(make_x(dtype)).sum().backward()
+        assert fused == [1]
         assert layer.lora_B.default.weight.grad.isfinite().all()
         assert layer.lora_A.default.weight.grad is None
         layer.eval()

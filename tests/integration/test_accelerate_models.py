@@ -12,6 +12,8 @@ from peft.tuners.lora.layer import Linear
 from peft.utils.hotswap import hotswap_adapter
 from test_peft import TARGETS, arguments, build, gpt2, llama, low_rank, move, peft_model, roberta, t5
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DeviceMesh
 
 import lorasp
 from lorasp import LoRAConfig, accelerate, inject, load_adapter, restore, save_adapter, testing, use_backend
@@ -195,6 +197,7 @@ def hotswap(m, saved):
     m.load_adapter(saved, "loaded", is_trainable=True)
     m.set_adapter("loaded")
     hotswap_adapter(m, saved, "loaded")
+    return m(**batch(m)).logits
 
 
 def delete_adapter(m, saved):
@@ -380,3 +383,34 @@ def test_adapters_without_a_peft_model():
     report = accelerate(model)
     assert report.accelerated[0] == "model.layers.0.self_attn.q_proj"
     testing.assert_close(model(**batch(model)).logits, expected, expected, torch.float32)
+
+
+@pytest.mark.parametrize("order", ["accelerate, shard", "shard, accelerate"])
+def test_fully_shard_before_or_after(order, process_group):
+    """The layers of a sharded model run fused, on the plain weights that stand there while forward runs."""
+    ours = peft_model(build(llama), **arguments(llama))
+    plain = copy.deepcopy(ours)
+    accelerate(plain, freeze_A=True)
+    mesh = DeviceMesh("cpu", [0])
+    if order == "accelerate, shard":
+        accelerate(ours, freeze_A=True)
+    for layer in (*ours.base_model.model.model.layers, ours):
+        fully_shard(layer, mesh=mesh)
+    if order == "shard, accelerate":
+        assert accelerate(ours, freeze_A=True).kept == {}
+    for model in (ours, plain):
+        model.set_adapter("default")
+        model(**batch(model)).loss.backward()
+    for (name, sharded), expected in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        assert (sharded.grad is None) == (expected.grad is None) == ("lora_B" not in name)
+        if expected.grad is not None:
+            assert torch.equal(sharded.grad.full_tensor(), expected.grad), name
+    saved = [saved_bytes(lambda m=m: m(**batch(m)), exclude=m) for m in (ours, plain)]
+    assert saved[0] == saved[1]
+
+
+@pytest.fixture
+def process_group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()

@@ -221,6 +221,16 @@ def test_the_report_names_what_stays_pefts_own_and_why(fused):
     assert fused == [1]
 
 
+@pytest.mark.parametrize("freeze_A", [None, True, False])
+def test_the_report_says_whose_frozen_A_is_not_held(freeze_A):
+    model = varied()
+    for name in ("doubled", "convolution"):
+        model.get_submodule(f"base_model.model.{name}").lora_A.default.weight.requires_grad_(False)
+    kept = accelerate(model, freeze_A=freeze_A).kept
+    unheld = {name for name in STATIC if kept[f"base_model.model.{name}"].endswith("; its A is not held frozen")}
+    assert unheld == {None: {"doubled", "convolution"}, True: set(STATIC), False: set()}[freeze_A]
+
+
 def cast_down(layer: Linear) -> None:
     layer.lora_A.second.to(HALF)
     layer.lora_B.second.to(HALF)
