@@ -101,6 +101,44 @@ def test_hooks_on_the_layer_itself_are_its_own(fused):
     assert fused == [1, 1]
 
 
+class TestGroup:
+    """Three layers on one input; what differs from LoRALinear's groups."""
+
+    @pytest.fixture
+    def model(self):
+        return adapted(lora_dropout=0.2).eval()
+
+    def test_a_member_that_peft_serves(self, model, fused):
+        model.base_model.model.biased.lora_B.default.register_forward_hook(lambda module, inputs, y: y * 2)
+        x = make_x()
+        expected, exact = run(model, x), run(copy.deepcopy(model).double(), x.detach().double().requires_grad_())
+        assert accelerate(model, share_input=[LAYERS]).groups == (("base_model.model.plain", "base_model.model.conv"),)
+        for what, tensor in run(model, x).items():
+            testing.assert_close(tensor, expected[what], exact[what], torch.float32, what)
+        assert fused == [2]
+
+    def test_inference_mode(self, model, fused):
+        accelerate(model, share_input=[LAYERS])
+        expected = model(make_x())
+        with torch.inference_mode():
+            assert torch.equal(model(make_x()), expected)
+        assert fused == [3, 1, 1, 1]
+
+    def test_a_member_alone_drops_what_it_drops_in_the_group(self, model, fused):
+        """As in a recompute (checkpointing) that groups otherwise than its forward did."""
+        accelerate(model.train(), share_input=[LAYERS])
+        plain, biased, conv = (model.get_submodule(f"base_model.model.{name}") for name in LAYERS)
+        torch.manual_seed(3)
+        x = make_x()
+        plain(x), conv(x)
+        together = biased(x)
+        biased.shared_input._together = [0b001, 0b010, 0b100]
+        torch.manual_seed(3)
+        apart = biased(make_x())
+        assert fused == [3, 1]
+        testing.assert_close(apart, together, together.double(), torch.float32)
+
+
 class TestRestore:
     def test_leaves_nothing_behind(self):
         model, x = adapted(), make_x()
@@ -229,6 +267,8 @@ class TestLoRAFA:
         report = accelerate(model, freeze_A=freeze_A)
         assert report.frozen_A["default"] == report.accelerated
         PEFT_TOGGLES[toggle](model, tmp_path)
+        # Set past PEFT, it goes back at the next forward.
+        assert {factor.requires_grad for factor in factors} == {toggle == "everything"}
         for name in LAYERS:
             layer = model.get_submodule(f"base_model.model.{name}")
             layer.base_layer.requires_grad_(False)
@@ -251,10 +291,9 @@ class TestLoRAFA:
         assert layer.lora_A.second.weight.requires_grad == (freeze_A is None)
         assert layer.lora_B.second.weight.requires_grad
         model.delete_adapter("default")
-        accelerate(model, freeze_A=False)
         model.add_adapter("default", LoraConfig(r=2, target_modules=list(LAYERS)))
         model.set_adapter("default")
-        assert layer.lora_A.default.weight.requires_grad
+        assert layer.lora_A.default.weight.requires_grad == (freeze_A is None)
 
     def test_pefts_own_forward_gives_it_no_gradient_either(self):
         model, x = adapted(), make_x()
