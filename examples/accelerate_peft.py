@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lorasp
 from lorasp.memory import saved_bytes
 
-ROWS, CONTEXT, RANK = 8, 128, 16
+ROWS, CONTEXT, RANK = 4, 128, 16
 
 
 def make_base(hidden: int, layers: int) -> LlamaForCausalLM:
