@@ -17,6 +17,7 @@ from lorasp.functional import (
 )
 from lorasp.inject import InjectReport, inject
 from lorasp.integrations.hiddenkey import HiddenKeyResult, hiddenkey_step
+from lorasp.integrations.peft import AccelerateReport, accelerate, restore
 from lorasp.integrations.transformers import HiddenKeyReport, apply_hiddenkey, remove_hiddenkey
 from lorasp.model_mlps import RecomputeReport, recompute_mlp, undo_recompute_mlp
 from lorasp.nn import LoRALinear
@@ -31,6 +32,7 @@ from lorasp.shared_input import SharedInput
 __version__ = "0.1.0"
 
 __all__ = [
+    "AccelerateReport",
     "HiddenKeyConfig",
     "HiddenKeyReport",
     "HiddenKeyResult",
@@ -45,6 +47,7 @@ __all__ = [
     "QuantizedLoRALinear",
     "RecomputeReport",
     "SharedInput",
+    "accelerate",
     "apply_hiddenkey",
     "available_backends",
     "check_processes",
@@ -67,6 +70,7 @@ __all__ = [
     "recompute_mlp",
     "remove_hiddenkey",
     "resample",
+    "restore",
     "save_adapter",
     "select",
     "set_adapter",

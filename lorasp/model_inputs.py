@@ -10,7 +10,6 @@ from typing import NamedTuple
 from torch import nn
 
 from lorasp.config import LoRAConfig
-from lorasp.nn import LoRALinear
 
 
 class _Kept(NamedTuple):
@@ -54,8 +53,8 @@ _KEPT = {
 
 
 def shared_inputs(
-    modules: Mapping[str, nn.Module], layers: Mapping[str, LoRALinear], config: LoRAConfig, where: str
-) -> dict[str, dict[str, LoRALinear]]:
+    modules: Mapping[str, nn.Module], layers: Mapping[str, nn.Module], config: LoRAConfig, where: str
+) -> dict[str, dict[str, nn.Module]]:
     """Groups of two or more layers that read one input: a name for the group -> {layer's name: layer}.
 
     modules: the model's, by every name; layers: those to be adapted. Raises ValueError for names in config.share_input
@@ -63,7 +62,7 @@ def shared_inputs(
     """
     if config.share_input is True:
         return _known(modules, layers)
-    found: dict[str, dict[str, LoRALinear]] = {}
+    found: dict[str, dict[str, nn.Module]] = {}
     for names in config.share_input or ():
         found |= _named(names, layers, where)
     owners: dict[str, str] = {}
@@ -76,7 +75,7 @@ def shared_inputs(
     return found
 
 
-def _known(modules: Mapping[str, nn.Module], layers: Mapping[str, LoRALinear]) -> dict[str, dict[str, LoRALinear]]:
+def _known(modules: Mapping[str, nn.Module], layers: Mapping[str, nn.Module]) -> dict[str, dict[str, nn.Module]]:
     found = {}
     for name, module in modules.items():
         children = _entry(_GROUPS, module) or ()
@@ -88,9 +87,9 @@ def _known(modules: Mapping[str, nn.Module], layers: Mapping[str, LoRALinear]) -
     return found
 
 
-def _named(names: tuple[str, ...], layers: Mapping[str, LoRALinear], where: str) -> dict[str, dict[str, LoRALinear]]:
+def _named(names: tuple[str, ...], layers: Mapping[str, nn.Module], where: str) -> dict[str, dict[str, nn.Module]]:
     """The groups one list of ends of names stands for: one under every common beginning."""
-    found: dict[str, dict[str, LoRALinear]] = {}
+    found: dict[str, dict[str, nn.Module]] = {}
     for end in names:
         fits = [path for path in layers if path == end or path.endswith(f".{end}")]
         if not fits:
@@ -103,10 +102,10 @@ def _named(names: tuple[str, ...], layers: Mapping[str, LoRALinear], where: str)
     return groups
 
 
-def _obstacle(members: Mapping[str, LoRALinear]) -> str | None:
+def _obstacle(members: Mapping[str, nn.Module]) -> str | None:
     """What these layers must have in common and do not."""
     layers = list(members.values())
-    if not all(layer.can_share_input for layer in layers):
+    if not all(getattr(layer, "can_share_input", True) for layer in layers):
         return "weights that are not quantised"
     for what, values in (
         ("the same in_features", {layer.in_features for layer in layers}),
@@ -118,9 +117,7 @@ def _obstacle(members: Mapping[str, LoRALinear]) -> str | None:
     return None
 
 
-def kept_inputs(
-    model: nn.Module, modules: Mapping[str, nn.Module], layers: Mapping[str, LoRALinear]
-) -> dict[str, bool]:
+def kept_inputs(model: nn.Module, modules: Mapping[str, nn.Module], layers: Mapping[str, nn.Module]) -> dict[str, bool]:
     """keep_input of the layers whose input attention keeps: a copy of a part of it would cost memory, not save it.
 
     Eager attention keeps its weights and values instead, and so does fused attention with dropout on the CPU.

@@ -84,7 +84,6 @@ class LoRALinear(AdaptedLinear):
 
     shared_input: SharedInput | None = None
     shared_index = 0
-    can_share_input = True
     fan_in_fan_out = False
 
     def __init__(

@@ -154,14 +154,14 @@ class SharedInput:
         layers = (member() for member in self._members)
         return tuple(layer for layer in layers if layer is not None and layer.shared_input is self)
 
-    def __call__(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """layer's output for x."""
+    def __call__(self, layer: nn.Module, x: Tensor, operands: tuple | None = None) -> Tensor:
+        """layer's output for x; operands: its own, where it made them already."""
         index = layer.shared_index
         # In inference mode nothing tells that a tensor was written to.
         inference = torch.is_inference_mode_enabled() or not isinstance(x, Tensor) or x.is_inference()
         if inference or self._members[index]() is not layer:
-            return layer.compute(x)
-        operands = layer._operands()
+            return layer.compute(x, operands)
+        operands = operands or layer._operands()
         if operands is None:  # no adapter acts here
             return layer.compute(x)
         around = surroundings(x)

@@ -30,7 +30,7 @@ ALLOWED = {
     "lorasp/quantized.py": set(),
     "lorasp/quantized_linear.py": {"adapter", "config", "functional", "nn", "ops", "quantized"},
     "lorasp/whole_tensors.py": {"sharding"},
-    "lorasp/model_inputs.py": {"config", "nn"},
+    "lorasp/model_inputs.py": {"config"},
     "lorasp/adapted_model.py": {"config", "nn"},
     "lorasp/injection_plan.py": {
         "adapted", "adapted_model", "adapter", "config", "model_inputs", "model_mlps", "nn", "partial_adapter",
@@ -49,7 +49,10 @@ ALLOWED = {
         "adapted_model", "adapter", "adapter_files", "config", "inject", "injection_plan", "nn", "processes",
         "sharding", "stored_selection", "whole_tensors",
     },
-    "lorasp/integrations": {"adapted_model", "config", "functional", "inject", "integrations"},
+    "lorasp/integrations": {
+        "adapted_model", "config", "functional", "inject", "integrations", "model_inputs", "nn", "quantized",
+        "quantized_linear", "shared_input",
+    },
     "triton_kernels": {"triton_kernels"},
 }
 # fmt: on
