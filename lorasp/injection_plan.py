@@ -130,7 +130,7 @@ def _check_fresh(model: nn.Module, adapter: str, where: str) -> None:
     if disabled := [name for name, layer in adapted.items() if not layer.enabled]:
         raise ValueError(f"{where}: the adapters must not be disabled, {disabled[0]} is")
     for name, module in model.named_modules():
-        if type(module).__module__.partition(".")[0] == "peft":
+        if any(kind.__module__.partition(".")[0] == "peft" for kind in type(module).__mro__):
             raise ValueError(f"{where}: the model carries PEFT's own layers ({name or 'itself'}); pass the base model")
 
 

@@ -72,7 +72,7 @@ def accelerate(
     found = _lora_layers(root)
     if not found:
         raise ValueError(f"accelerate: model must have LoRA layers of PEFT's, {type(root).__name__} has none")
-    from lorasp.integrations.peft_linear import obstacle
+    from lorasp.integrations.peft_linear import FusedLinear, fused_class, obstacle
 
     kept = {name: why for name, layer in found.items() if (why := obstacle(layer)) is not None}
     layers = {name: layer for name, layer in found.items() if name not in kept}
@@ -80,7 +80,8 @@ def accelerate(
         if freeze_A or (freeze_A is None and _lora_fa(found[name])):
             kept[name] += "; its A is not held frozen"
     modules = dict(root.named_modules(remove_duplicate=False))
-    groups = shared_inputs(modules, layers, LoRAConfig(share_input=share_input), "accelerate")
+    plain = {name: layer for name, layer in layers.items() if fused_class(layer) is FusedLinear}
+    groups = shared_inputs(modules, plain, LoRAConfig(share_input=share_input), "accelerate")
     for layer in layers.values():
         _fuse(layer, freeze_A)
     for members in groups.values():
@@ -98,14 +99,14 @@ def restore(model: nn.Module) -> None:
     layers = {name: layer for name, layer in _lora_layers(root).items() if hasattr(layer, "frozen_A")}
     if not layers:
         return
-    from lorasp.integrations.peft_linear import FusedLinear
+    from lorasp.integrations.peft_linear import fused_class
 
     for name, layer in layers.items():
-        if type(layer) is not FusedLinear:
+        if type(layer) is not fused_class(layer):
             raise ValueError(f"restore: {name} must be of the class accelerate() gave it, got {type(layer).__name__}")
     for layer in layers.values():
         layer.release()
-        layer.__class__ = FusedLinear.__base__
+        layer.__class__ = type(layer).__bases__[1]
         for name in ("shared_input", "shared_index", "frozen_A", "freeze_A"):
             vars(layer).pop(name, None)
 
@@ -134,10 +135,10 @@ def _lora_fa(layer: nn.Module) -> list[str]:
 
 
 def _fuse(layer: nn.Module, freeze_A: bool | None) -> None:
-    from lorasp.integrations.peft_linear import FusedLinear
+    from lorasp.integrations.peft_linear import fused_class
 
-    if type(layer) is not FusedLinear:
-        layer.__class__, layer.frozen_A, layer.freeze_A = FusedLinear, {}, False
+    if type(layer) is not fused_class(layer):
+        layer.__class__, layer.frozen_A, layer.freeze_A = fused_class(layer), {}, False
     layer.shared_input = None
     if freeze_A is False:
         layer.release()

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -58,6 +59,25 @@ def test_a_layer_computes_what_it_computed(kind, name, fused):
     for what, tensor in actual.items():
         assert tensor.dtype == expected[what].dtype
         testing.assert_close(tensor, expected[what], exact[what], autocast or x.dtype, what)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("kind", ["fp32", "bf16, masters", "biases train"])
+def test_several_adapters_at_once(kind, name, fused):
+    model = adapted(**KINDS[kind])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fan_in_fan_out")
+        model.add_adapter("other", LoraConfig(r=2, target_modules=list(LAYERS), init_lora_weights=False))
+    layer = model.get_submodule(f"base_model.model.{name}")
+    layer.set_adapter(["default", "other"])
+    x = make_x(layer.base_layer.weight.dtype)
+    expected, exact = run(layer, x), run(copy.deepcopy(layer).double(), x.detach().double().requires_grad_())
+    accelerate(model)
+    actual = run(layer, x)
+    assert fused == [1]
+    assert actual.keys() == expected.keys()
+    for what, tensor in actual.items():
+        testing.assert_close(tensor, expected[what], exact[what], x.dtype, what)
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -51,10 +51,6 @@ def test_disabled_while_merged_unmerges(fused):
     check(fused, change)
 
 
-def test_several_active(fused):
-    check(fused, lambda layer: layer.set_adapter(["default", "other"]))
-
-
 def test_none_of_the_active_ones_here(fused):
     check(fused, lambda layer: layer.set_adapter(["elsewhere"]))
 
