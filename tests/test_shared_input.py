@@ -572,7 +572,7 @@ class TestPartial:
         block(make_x())
         block.load_state_dict(other.state_dict())
         block(make_x(seed=2))
-        assert calls == [[0, 2], [1], [0, 1, 2]]
+        assert calls == [[0, 2], [0], [0, 1, 2]]  # alone, without dropout, a layer is its own group's first
 
     def test_layers_resampled_together_stay_together(self, calls):
         block = self.grouped(resample="epoch")
@@ -580,7 +580,7 @@ class TestPartial:
         block(make_x())
         block[V].adapters["default"].resample()
         block(make_x(seed=2))
-        assert calls == [[0, 1, 2], [0, 1], [2]]
+        assert calls == [[0, 1, 2], [0, 1], [0]]
 
     def test_features_stay_shared_when_moved(self, calls):
         block = self.grouped().to(torch.float64)
