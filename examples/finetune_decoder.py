@@ -72,6 +72,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--base-steps", type=int, default=200)
     parser.add_argument("--hidden-size", type=int, default=128)
+    parser.add_argument("--sample", type=int, default=80, metavar="BYTES", help="how much to generate at the end")
     parser.add_argument("--stop-at", type=int, help="stop after this step")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     parser.add_argument("--out", type=Path, default=Path("decoder"), help="folder of the checkpoint")
@@ -121,7 +122,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     after = evaluate()
     prompt = bytes_of("def ").long()[None]
-    written = model.eval().generate(prompt, max_new_tokens=80, do_sample=True, temperature=0.7, pad_token_id=0)
+    written = model.eval().generate(prompt, max_new_tokens=options.sample, do_sample=True, pad_token_id=0)
     print(bytes(written[0].tolist()).decode(errors="replace"))
     print(f"held-out loss on Python: {before:.3f} at step {begin}, {after:.3f} at step {end}; adapter in {options.out}")
     return {"before": before, "after": after}

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 CLASSIFIER = ["--steps", "4", "--lines", "160", "--hidden-size", "32"]
-DECODER = ["--steps", "4", "--base-steps", "1", "--hidden-size", "32"]
+DECODER = ["--steps", "4", "--base-steps", "1", "--hidden-size", "32", "--sample", "4"]
 
 
 def example(name: str) -> ModuleType:
