@@ -57,8 +57,8 @@ def parser() -> argparse.ArgumentParser:
     demo.set_defaults(command=_demo)
 
     bench = commands.add_parser(
-        "bench", help="time one adapted layer against the frozen nn.Linear", description=_BENCH,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "bench", help="time one adapted layer against the frozen nn.Linear, or a whole model against PEFT",
+        description=_BENCH, epilog=_models(), formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     bench.add_argument(
         "--op", choices=("lora_linear", "dropkey_attention", "hidden_cut", "consistency"), default="lora_linear"
@@ -69,6 +69,11 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     bench.add_argument("--rates", nargs="+", type=float, metavar="P", help="drop rates of attention")
     bench.add_argument("--causal", action="store_true", help="attention: causal to causal")
+    bench.add_argument("--model", nargs="+", metavar="NAME", help="training steps of whole models: see below")
+    bench.add_argument("--variants", nargs="+", metavar="NAME", help="with --model: see below (default: all)")
+    bench.add_argument(
+        "--child", metavar="VARIANT", help="with --model: only train it for a few steps and print its peak memory"
+    )
     bench.add_argument("--shapes", nargs="+", metavar="SET", help=f"named sets: {', '.join(_shape_sets())}")
     bench.add_argument("--mknr", nargs="+", type=_mknr, metavar="M,K,N,R", help="shapes of your own")
     bench.add_argument(
@@ -112,8 +117,8 @@ _DEMO = """Trains a byte-level Llama-style model on English prose, then adapts i
 with full fine-tuning, PEFT LoRA, lorasp LoRA, LoRA-FA, LoRA-SP and HiddenKey. No network. One table, one PNG."""
 
 _BENCH = """Times one adapted layer, forward and forward+backward, against the frozen nn.Linear of the same run; or with
---op dropkey_attention, hidden_cut, consistency against PyTorch's own.
-Correctness is asserted first; rounds are interleaved; medians and quartiles are reported.
+--op dropkey_attention, hidden_cut, consistency against PyTorch's own; or with --model training steps of whole models
+against PEFT's. Correctness is asserted first; rounds are interleaved; medians and quartiles are reported.
 
 providers:
   linear             nn.Linear, weight frozen (always there: everything is divided by it)
@@ -180,6 +185,12 @@ def _shape_sets() -> Sequence[str]:
     return tuple(SHAPES)
 
 
+def _models() -> str:
+    from lorasp.bench import models_report
+
+    return models_report.choices()
+
+
 def _default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -204,6 +215,14 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
+    if options.model:
+        require("peft", "transformers", extra="bench")
+        from lorasp.bench import models_report
+
+        return models_report.run(options)
+    for name in ("variants", "child"):
+        if getattr(options, name) is not None:
+            raise UsageError(f"--{name} needs --model")
     from lorasp.bench import command, hiddenkey_report
 
     return (command if options.op == "lora_linear" else hiddenkey_report).run(options)

@@ -19,6 +19,12 @@ def make_folder(path: Path) -> None:
         raise UsageError(f"--out {path}: {error}") from error
 
 
+def progress(text: str) -> None:
+    """One line on a terminal's stderr that the next one replaces; nothing where stderr is a file."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
 def rich_console():
     """A rich Console, WIDTH columns wide where the output is not a terminal; None without rich."""
     try:

@@ -23,6 +23,9 @@ class PartialAdapter(Adapter):
     The index buffers the operators take follow from them and are not in the state_dict.
     """
 
+    # active_A of granularity "feature" as the host knows it: layers compare theirs without waiting for the device.
+    columns_key: bytes | None = None
+
     def __init__(self, partial: PartialConfig, site: Site, **arguments):
         self._partial_and_site = partial, site
         super().__init__(site.in_features, site.out_features, **arguments)
@@ -73,6 +76,10 @@ class PartialAdapter(Adapter):
         if chosen.active_A is not None:
             self.register_buffer("active_A", chosen.active_A.to(device))
         self.register_buffer("active_B", chosen.active_B.to(device))
+
+    def _note_columns(self, chosen: Selection) -> None:
+        if self.partial.granularity == "feature" and chosen.active_A is not None and not chosen.active_A.is_meta:
+            self.columns_key = bytes(chosen.active_A.flatten().tolist())
 
     def _indices(self, chosen: Selection) -> dict[str, Tensor]:
         """Sorted int64 indices by the name of the operators' argument: A's columns, B's rows, or flat entries."""
@@ -150,6 +157,7 @@ class PackedAdapter(PartialAdapter):
             for name, value in (*zip(Selection._fields, chosen, strict=True), *self._indices(chosen).items()):
                 if value is not None:
                     setattr(self, name, value.to(like.device))
+            self._note_columns(chosen)
         lora_A, lora_B = lora_A.to(like.device, like.dtype), lora_B.to(like.device, like.dtype)
         if self.freeze_A:
             self.lora_A.copy_(lora_A)
@@ -239,6 +247,7 @@ class PackedAdapter(PartialAdapter):
         elif frozen_B is None and f"{prefix}lora_B_packed" in state_dict:
             self.frozen_B = None
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        self._note_columns(self.selection())
         if self.frozen_B is not None and not self.frozen_B.is_meta and not self.frozen_B.any():
             self.frozen_B = None
 
@@ -299,6 +308,7 @@ class ResampledAdapter(PartialAdapter):
             else:
                 setattr(self, name, value.to(have.device))
         self._note_matrix(chosen)
+        self._note_columns(chosen)
 
     def resample(self) -> None:
         """Go on to the next selection. Values and optimizer state stay as they are."""

@@ -138,7 +138,6 @@ class SharedInput:
         self._together = [(1 << count) - 1] * count  # member -> bit set of those it is computed with
         self._misses = [0] * count
         self._regions: list[weakref.ref] = []
-        self._columns: dict[tuple[int, int], tuple] = {}
         self._checked: tuple[list | None, Constants | None] = (None, None)
         self._lock = threading.Lock()
         self._here = _PerThread()
@@ -262,15 +261,12 @@ class SharedInput:
         )
 
     def _same_columns(self, index: int, mine: Tensor | None, other: int, its: Tensor | None) -> bool:
-        """Whether both select the same features; compared once, since it waits for the device."""
-        if mine is None or its is None or mine.shape != its.shape:
+        """Whether both select the same features, as the host knows it: a look at them would wait for the device."""
+        if mine is None or its is None:
             return False
-        versions = mine._version, its._version
-        one, two, known, same = self._columns.get((index, other), (_nothing, _nothing, None, False))
-        if one() is not mine or two() is not its or known != versions:
-            same = torch.equal(mine, its)
-            self._columns[index, other] = weakref.ref(mine), weakref.ref(its), versions, same
-        return same
+        layers = self._members[index](), self._members[other]()
+        one, two = (layer.adapters[layer.active_adapter].columns_key for layer in layers)
+        return one is not None and one == two
 
     def _next_round(self, round: _Round) -> _Round:
         last, self._here.round = self._here.round, round

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lorasp import LoRALinear, PartialConfig, testing, use_backend
+from lorasp import LoRALinear, PartialConfig, resample, testing, use_backend
 from lorasp.memory import saved_bytes
 from lorasp.ops import lora_linear, lora_linear_group
 from lorasp.shared_input import SharedInput
@@ -564,6 +564,23 @@ class TestPartial:
         block(make_x(seed=2))
         assert first
         assert calls == [[0, 1, 2], [0, 1, 2]]
+
+    @pytest.mark.parametrize("every", ["never", "epoch"])
+    def test_what_a_state_dict_selects_decides(self, calls, every):
+        block, other = (self.grouped(resample=every, seed=seed) for seed in (0, 1))
+        block[K_].load_state_dict(other[K_].state_dict())
+        block(make_x())
+        block.load_state_dict(other.state_dict())
+        block(make_x(seed=2))
+        assert calls == [[0, 2], [0], [0, 1, 2]]  # alone, without dropout, a layer is its own group's first
+
+    def test_layers_resampled_together_stay_together(self, calls):
+        block = self.grouped(resample="epoch")
+        resample(block)
+        block(make_x())
+        block[V].adapters["default"].resample()
+        block(make_x(seed=2))
+        assert calls == [[0, 1, 2], [0, 1], [0]]
 
     def test_features_stay_shared_when_moved(self, calls):
         block = self.grouped().to(torch.float64)

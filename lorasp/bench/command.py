@@ -72,9 +72,9 @@ def run(options: argparse.Namespace) -> int:
     try:
         for result in bench.run(
             shapes, providers, dtype=options.dtype, device=device, dropout_p=options.dropout, rounds=options.rounds,
-            seconds=options.seconds, progress=_progress,
+            seconds=options.seconds, progress=console.progress,
         ):  # fmt: skip
-            _progress("")
+            console.progress("")
             report.print_result(result)
             results.append(result)
     except AssertionError as error:
@@ -102,9 +102,3 @@ def _plot(path, results, machine, dtype, dropout_p, versions) -> None:
         print(f'no plot: {error}: pip install "lorasp[bench]"')
         return
     print(f"wrote {path.with_suffix('.png')}")
-
-
-def _progress(text: str) -> None:
-    """One line on a terminal's stderr that the next one replaces; nothing where stderr is a file."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)

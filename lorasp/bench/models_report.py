@@ -1,0 +1,203 @@
+"""What `lorasp bench --model` shows: a table per model, the targets beside what was measured, one csv and one plot."""
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from lorasp import bench, console, info
+from lorasp.bench import models, report
+from lorasp.bench.model_variants import BASE, MODELS, PEFT, VARIANTS
+from lorasp.bench.models import Row
+from lorasp.console import UsageError
+
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Target:
+    """A bound of this project on toy-llama in bf16 at lora_dropout 0.05."""
+
+    variant: str
+    what: str
+    value: float
+    bound: float
+
+    def __str__(self) -> str:
+        verdict = "met" if self.value <= self.bound else "MISSED"
+        return f"{self.variant}: {self.what}: {self.value:.4f} (target {self.bound:g}: {verdict})"
+
+
+_STEP, _OVER_FROZEN, _ALL = (
+    "time of a step over PEFT's",
+    "bytes saved beyond the frozen model's, over PEFT's",
+    "all bytes saved, over the frozen model's",
+)
+_BOUNDS = (
+    ("lorasp", _STEP, 0.85),
+    ("lorasp+fa", _STEP, 0.85),
+    ("lorasp", _OVER_FROZEN, 0.15),
+    ("lorasp+fa", _OVER_FROZEN, 0.01),
+)
+
+
+def targets(rows: Sequence[Row]) -> list[Target]:
+    """The targets these rows speak about; none for another model, dtype or rate of dropout."""
+    by_name = {row.variant: row for row in rows}
+    base, peft = by_name[BASE], by_name[PEFT]
+    if (base.model, base.dtype, base.dropout_p) != ("toy-llama", "bfloat16", 0.05):
+        return []
+    values = {
+        _STEP: lambda row: row.to_peft,
+        _OVER_FROZEN: lambda row: row.saved_over_frozen / peft.saved_over_frozen,
+        _ALL: lambda row: row.saved_bytes / base.saved_bytes,
+    }
+    return [Target(name, what, values[what](by_name[name]), bound) for name, what, bound in _BOUNDS if name in by_name]
+
+
+def run(options: argparse.Namespace) -> int:
+    """Exit code 0; 1 if a variant computes something wrong. Raises UsageError for options that do not fit."""
+    if not 0.0 <= options.dropout < 1.0:
+        raise UsageError(f"--dropout must be in [0, 1), got {options.dropout}")
+    for name in options.model:
+        if name not in MODELS:
+            raise UsageError(f"--model must be among {', '.join(MODELS)}, got {name!r}")
+    variants = options.variants or list(VARIANTS)
+    for name in (*variants, *[options.child] * (options.child is not None)):
+        if name not in VARIANTS:
+            raise UsageError(f"--variants must be among {', '.join(VARIANTS)}, got {name!r}")
+    device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.child is not None:
+        peak = models.peak_of(options.model[0], options.child, options.dtype, device, options.dropout)
+        print(json.dumps({"peak_bytes": peak}))
+        return 0
+    console.make_folder(options.out)
+    machine, versions = info.device_name(device), info.versions()
+    rules = bench.pin_malloc() if device.type == "cpu" else "L2 overwritten before every call"
+    print(machine)
+    print(
+        f"torch {versions['torch']}, peft {versions['peft']}, lorasp {versions['lorasp']} {versions['commit']}".rstrip()
+    )
+    print(rules)
+    rows: list[Row] = []
+    try:
+        for name in options.model:
+            found = models.run(
+                name, variants, dtype=options.dtype, device=device, dropout_p=options.dropout, rounds=options.rounds,
+                seconds=options.seconds, progress=console.progress,
+            )  # fmt: skip
+            console.progress("")
+            print_rows(found)
+            rows += found
+    except AssertionError as error:
+        print(f"lorasp bench: wrong result, nothing is timed: {error}", file=sys.stderr)
+        return 1
+    stem = report.stem(options.model, machine, rows[0].dtype, options.dropout, op="model")
+    path = options.out / f"{stem}.csv"
+    write_csv(path, rows, {"device": machine, **versions, "rules": rules})
+    print(f"wrote {path}")
+    try:
+        plot(path.with_suffix(".png"), rows, machine, versions)
+        print(f"wrote {path.with_suffix('.png')}")
+    except ImportError as error:
+        print(f'no plot: {error}: pip install "lorasp[bench]"')
+    return 0
+
+
+def title(row: Row) -> str:
+    drop = f"lora_dropout {row.dropout_p:g}" if row.dropout_p else "no dropout"
+    return f"{row.model}, {row.batch}×{row.tokens} tokens, r = {row.rank}, {row.dtype}, {drop}"
+
+
+def print_rows(rows: Sequence[Row]) -> None:
+    """One line per variant, then the targets that these rows speak about."""
+    columns = ["variant", "step ms", "÷ frozen (q1–q3)", "÷ peft (q1–q3)", "saved MiB", "over frozen", "peak MiB"]
+    lines = [
+        [
+            row.variant, f"{row.ms:.4g}", f"{row.ratio:.2f} ({row.ratio_q1:.2f}–{row.ratio_q3:.2f})",
+            f"{row.to_peft:.2f} ({row.to_peft_q1:.2f}–{row.to_peft_q3:.2f})", f"{row.saved_bytes / _MIB:.2f}",
+            f"{row.saved_over_frozen / _MIB:.3f}", "" if row.peak_bytes is None else f"{row.peak_bytes / _MIB:.0f}",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    console.print_table(title(rows[0]), columns, lines)
+    for target in targets(rows):
+        print(f"  {target}")
+
+
+def write_csv(path: Path, rows: Sequence[Row], environment: dict[str, str]) -> None:
+    """One row per model and variant; `environment` (device, versions, commit, rules) repeated in every row."""
+    lines = [
+        {"op": "model"}
+        | {key: f"{value:.5g}" if isinstance(value, float) else value for key, value in asdict(row).items()}
+        | environment
+        for row in rows
+    ]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(lines[0]))
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def plot(path: Path, rows: Sequence[Row], machine: str, versions: dict[str, str]) -> None:
+    """Per model a row of panels: time of a step, bytes saved, peak memory. Raises ImportError without matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = list(dict.fromkeys(row.model for row in rows))
+    most = max(sum(row.model == name for row in rows) for name in names)
+    figure, axes = pyplot.subplots(
+        len(names), 3, figsize=(13, len(names) * (1.4 + 0.3 * most)), sharey="row", squeeze=False
+    )
+    for line, name in zip(axes, names, strict=True):
+        found = [row for row in rows if row.model == name]
+        spread = [[row.to_peft - row.to_peft_q1 for row in found], [row.to_peft_q3 - row.to_peft for row in found]]
+        _bars(line[0], found, [row.to_peft for row in found], "{:.2f}", xerr=spread)
+        line[0].axvline(1.0, color="#202124", linewidth=1, zorder=0)
+        line[0].set_title("time of a training step ÷ PEFT default's", fontsize=9)
+        _bars(line[1], found, [row.saved_bytes / _MIB for row in found], "{:.1f}")
+        line[1].axvline(found[0].saved_bytes / _MIB, color="#202124", linewidth=1, zorder=0)
+        line[1].set_title("MiB saved for backward, weights aside", fontsize=9)
+        _bars(line[2], found, [(row.peak_bytes or 0) / _MIB for row in found], "{:.0f}")
+        line[2].set_title("MiB resident at most, in a process of its own", fontsize=9)
+        line[0].set_ylabel(title(found[0]).replace(", ", "\n"), fontsize=8)
+    subtitle = f"torch {versions['torch']}, peft {versions['peft']}, lorasp {versions['lorasp']} {versions['commit']}"
+    figure.suptitle(f"training steps on {machine}\n{subtitle.rstrip()}", fontsize=11)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _bars(axis, rows: Sequence[Row], values: Sequence[float], form: str, **style) -> None:
+    """Hatched: A frozen, as in the layers' plot."""
+    drawn = axis.barh(
+        [row.variant for row in rows], values, color=[_colour(row.variant) for row in rows], height=0.72,
+        hatch=["///" if "+fa" in row.variant else "" for row in rows], edgecolor="white", linewidth=0,
+        error_kw={"elinewidth": 0.8, "ecolor": "#202124"}, **style,
+    )  # fmt: skip
+    axis.bar_label(drawn, [form.format(value) for value in values], padding=3, fontsize=8)
+    if not axis.yaxis_inverted():
+        axis.invert_yaxis()
+    axis.tick_params(labelsize=8)
+    axis.margins(x=0.16)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _colour(variant: str) -> str:
+    kind = variant.partition("+")[0]
+    return {BASE: "#9aa0a6", PEFT: "#f4b183", "peft-half": "#e07b39", "lorasp": "#1f77b4"}.get(kind, "#2ca02c")
+
+
+def choices() -> str:
+    """The models and variants, for --help."""
+    variants = "\n".join(f"  {name:<20}{variant.what}" for name, variant in VARIANTS.items())
+    return f"whole models (--model): {', '.join(MODELS)}\nvariants:\n{variants}"
