@@ -155,7 +155,7 @@ one group), +masters (fp32 A and B) and +prepack (CPU), e.g. lorasp+fa+prepack""
 
 
 _TUNE = """Measures every plan of lora_linear (addmm, fused, onepass), on the architecture's own tiles and on candidates
-beside them, against the frozen nn.Linear, and writes the fastest of each call into triton_kernels/configs/<device>.json.
+beside them, against the frozen nn.Linear, and writes the fastest for each call into the plan table of the device.
 Correct first: what disagrees with the fp64 reference, does not compile or does not launch is reported, never chosen.
 addmm stays unless another plan is faster by more than the noise. Started again, it goes on where it stopped."""
 

@@ -43,36 +43,54 @@ def plan_candidates(
 
     From simple to intricate, addmm first. The backward has no one-pass form, and onepass takes R <= 64.
     """
-    half = dtype.itemsize == 2
-    tma = half and N % 8 == K % 8 == 0
-    aligned = K % 16 == 0 and (direction == "forward" or N % 16 == 0)
     plans = [Plan("addmm")]
     for name in ("fused", "onepass"):
         if name == "onepass" and (direction == "backward" or R > ONEPASS_MAX_RANK):
             continue
-        extra_rank = pad_rank(R, ONEPASS_MAX_RANK) if name == "onepass" else 0
-        masked = dropout and (direction == "backward" or name == "onepass")
-        default = gemm_config(target, dtype, M, tma=tma, aligned=aligned, dropout=masked, extra_rank=extra_rank)
-        flatten = target.arch == 90 and not masked and R <= 64
-        configs = _configs(target, dtype, M, tma, aligned, flatten)
-        fitting = [
-            c for c in configs if shared_bytes(target, c, dtype, extra_rank) <= target.shared_memory and c != default
-        ]
-        plans += [Plan(name), *(Plan(name, config) for config in dict.fromkeys(fitting))]
+        own = own_tiles(target, name, direction, dtype, dropout, M, N, K, R)
+        tma, aligned = _layout(direction, dtype, N, K)
+        flatten = target.arch == 90 and not _masked(name, direction, dropout) and R <= 64
+        configs = [config for config in _configs(target, dtype, M, tma, aligned, flatten) if config != own]
+        fitting = [c for c in configs if shared_bytes(target, c, dtype, name, R) <= target.shared_memory]
+        plans += [Plan(name), *(Plan(name, config) for config in fitting)]
     return plans
 
 
-def shared_bytes(target: Target, config: GemmConfig, dtype: torch.dtype, extra_rank: int = 0) -> int:
-    """Shared memory that a fused GEMM's pipeline cannot do without, in bytes: a bound from below.
+def own_tiles(
+    target: Target, plan: str, direction: str, dtype: torch.dtype, dropout: bool, M: int, N: int, K: int, R: int
+) -> GemmConfig:
+    """The architecture's own tiles for plan fused or onepass of a call on contiguous operands."""
+    tma, aligned = _layout(direction, dtype, N, K)
+    extra_rank, masked = _extra_rank(plan, R), _masked(plan, direction, dropout)
+    return gemm_config(target, dtype, M, tma=tma, aligned=aligned, dropout=masked, extra_rank=extra_rank)
 
-    Steps of both operands, and of lora_A's extra_rank rows under onepass: num_stages of them in descriptor kernels on
-    tensor cores that read shared memory, one less elsewhere, where the step at hand lies in registers. Beside them the
-    piece of the output tile that a descriptor stores from.
+
+def shared_bytes(target: Target, config: GemmConfig, dtype: torch.dtype, plan: str, R: int) -> int:
+    """Shared memory that the pipeline of a fused GEMM cannot do without, in bytes: a bound from below.
+
+    Steps of both operands, and of lora_A under onepass: num_stages of them in descriptor kernels on tensor cores that
+    read shared memory, one less elsewhere, where the step at hand lies in registers. Beside them the piece of the
+    output tile that a descriptor stores from.
     """
-    step = (config.block_m + config.block_c + extra_rank) * config.block_d
+    step = (config.block_m + config.block_c + _extra_rank(plan, R)) * config.block_d
     steps = config.num_stages if _reads_shared(target) and config.tma else max(1, config.num_stages - 1)
     store = config.block_m * config.block_c // config.subtiles if config.tma else 0
     return (step * steps + store) * dtype.itemsize
+
+
+def _layout(direction: str, dtype: torch.dtype, N: int, K: int) -> tuple[bool, bool]:
+    """Whether contiguous operands suit tensor descriptors, and whether their rows suit vector loads."""
+    return dtype.itemsize == 2 and N % 8 == K % 8 == 0, K % 16 == 0 and (direction == "forward" or N % 16 == 0)
+
+
+def _extra_rank(plan: str, R: int) -> int:
+    """BLOCK_R of onepass's second accumulator."""
+    return pad_rank(R, ONEPASS_MAX_RANK) if plan == "onepass" else 0
+
+
+def _masked(plan: str, direction: str, dropout: bool) -> bool:
+    """Whether the tile forms a mask: the forward of plan fused takes xa with the mask in it."""
+    return dropout and (direction == "backward" or plan == "onepass")
 
 
 def _reads_shared(target: Target) -> bool:

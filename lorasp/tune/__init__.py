@@ -6,7 +6,19 @@ stays unless another plan is faster by more than the noise. search.py decides, d
 command.py talks.
 """
 
-from lorasp.tune.search import Bench, DeviceLost, Job, Outcome, Rejected, Timing, candidates, decide, neighbour, search
+from lorasp.tune.search import (
+    Bench,
+    DeviceLost,
+    Job,
+    Outcome,
+    Rejected,
+    Timing,
+    candidates,
+    decide,
+    describe,
+    neighbour,
+    run,
+)
 from lorasp.tune.table import PlanFile
 
 __all__ = [
@@ -19,6 +31,7 @@ __all__ = [
     "Timing",
     "candidates",
     "decide",
+    "describe",
     "neighbour",
-    "search",
+    "run",
 ]

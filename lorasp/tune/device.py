@@ -43,7 +43,7 @@ class DeviceBench:
         self._operands: _Operands | None = None
 
     def verify(self, job: Job, plan: Plan) -> None:
-        with self._refusals(job, plan):
+        with self._refusals(f"{describe(plan)} at {job}"):
             operands = self._operands_of(job)
             with _poisoned():
                 actual = operands.call(plan)
@@ -56,10 +56,10 @@ class DeviceBench:
     def samples(
         self, job: Job, plans: Sequence[Plan | None], rounds: int | None, seconds: float
     ) -> list[list[tuple[float, float]]]:
-        operands = self._operands_of(job)
-        return interleave(
-            operands.frozen, [operands.function(plan) for plan in plans], self._clock, rounds, seconds
-        )  # fmt: skip
+        with self._refusals(f"timing at {job}"):
+            operands = self._operands_of(job)
+            functions = [operands.function(plan) for plan in plans]
+            return interleave(operands.frozen, functions, self._clock, rounds, seconds)
 
     def _operands_of(self, job: Job) -> "_Operands":
         if self._operands is None or self._operands.job != job:
@@ -68,7 +68,8 @@ class DeviceBench:
         return self._operands
 
     @contextlib.contextmanager
-    def _refusals(self, job: Job, plan: Plan) -> Iterator[None]:
+    def _refusals(self, what: str) -> Iterator[None]:
+        """What Triton and the device refuse is Rejected; where the device does not answer any more, DeviceLost."""
         try:
             yield
             self._synchronize()
@@ -76,7 +77,7 @@ class DeviceBench:
             try:
                 self._synchronize()
             except RuntimeError as lost:
-                raise DeviceLost(f"{describe(plan)} at {job}: {_first_line(lost)}") from refusal
+                raise DeviceLost(f"{what}: {_first_line(lost)}") from refusal
             raise Rejected(_first_line(refusal)) from refusal
 
     def _synchronize(self) -> None:

@@ -65,7 +65,10 @@ class Bench(Protocol):
     def samples(
         self, job: Job, plans: Sequence[Plan | None], rounds: int | None, seconds: float
     ) -> list[list[tuple[float, float]]]:
-        """Per plan, (seconds, ratio to the frozen nn.Linear) of every interleaved round; None is that nn.Linear."""
+        """Per plan, (seconds, ratio to the frozen nn.Linear) of every interleaved round; None is that nn.Linear.
+
+        Raises Rejected where the device refuses what verify let pass.
+        """
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ def decide(timings: Sequence[Timing], noise: float) -> Plan:
     return min(equal, key=lambda t: (PLANS.index(t.plan.name), t.plan.gemm is not None, t.ratio)).plan
 
 
-def search(
+def run(
     jobs: Iterable[Job],
     bench: Bench,
     *,
@@ -158,17 +161,20 @@ def search(
                 right.append(plan)
             elif plan.name == "addmm":
                 break
-        if right and _measure(job, bench, right, outcome, tried, seconds, lambda: now() >= end, progress) is None:
-            return
+        try:
+            if right and not _measure(job, bench, right, outcome, tried, seconds, lambda: now() >= end, progress):
+                return
+        except Rejected as reason:
+            outcome.rejected[right[0]] = f"not timed: {reason}"
         yield outcome
 
 
-def _measure(job, bench, right, outcome, tried, seconds, over, progress) -> Outcome | None:
-    """Fills in timings, noise and winner; None if the time is over before that."""
+def _measure(job, bench, right, outcome, tried, seconds, over, progress) -> bool:
+    """Fills in timings, noise and winner; False if the time is over before that."""
     finalists = _shortlist(job, bench, right, progress)
     for plan in finalists[1:]:
         if over():
-            return None
+            return False
         near = neighbour(job, plan)
         if (near, plan) not in tried:
             progress(f"{job}: checking {describe(plan)} on {near}")
@@ -187,7 +193,7 @@ def _measure(job, bench, right, outcome, tried, seconds, over, progress) -> Outc
         for plan, sample in zip(finalists, samples, strict=True)
     ]
     outcome.winner = decide(outcome.timings, outcome.noise)
-    return outcome
+    return True
 
 
 def _shortlist(job: Job, bench: Bench, right: list[Plan], progress: Callable[[str], None]) -> list[Plan]:
