@@ -1,4 +1,4 @@
-"""python -m lorasp {info,demo,bench,check}"""
+"""python -m lorasp {info,demo,bench,tune,check}"""
 
 import sys
 

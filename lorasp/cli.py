@@ -1,8 +1,9 @@
-"""python -m lorasp {info,demo,bench,check}; what a command needs beyond torch is imported by that command only."""
+"""python -m lorasp {info,demo,bench,tune,check}; what a command needs beyond torch is imported by that command only."""
 
 import argparse
 import importlib
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -23,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 a result was wrong, 2 a usage error."""
     commands = parser()
     options = commands.parse_args(arguments)
+    options.arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return options.command(options)
     except UsageError as error:
@@ -41,7 +43,7 @@ def require(*modules: str, extra: str) -> None:
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lorasp", description="Fused LoRA kernels for PyTorch.")
-    commands = parser.add_subparsers(dest="name", required=True, metavar="{info,demo,bench,check}")
+    commands = parser.add_subparsers(dest="name", required=True, metavar="{info,demo,bench,tune,check}")
 
     info = commands.add_parser("info", help="versions, CPU and GPU, which backends run here and why the others do not")
     info.set_defaults(command=_info)
@@ -94,6 +96,32 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--out", type=Path, default=Path("."), help="folder for the csv and the plot (default: here)")
     bench.set_defaults(command=_bench)
 
+    tune = commands.add_parser(
+        "tune", help="measure plans and tiles on this GPU and write its plan table", description=_TUNE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    tune.add_argument(
+        "--shapes", nargs="+", type=_kn, metavar="K,N", help="layers (default: those of LLaMA 8B and RoBERTa-large)"
+    )
+    tune.add_argument("--ranks", nargs="+", type=_at_least(1), metavar="R", help="default: 16 8 64")
+    tune.add_argument(
+        "--tokens", nargs="+", type=_at_least(1), metavar="M",
+        help="rows of x, in the order they are measured (default: eight from 1 to 32768, 8192 first)",
+    )  # fmt: skip
+    tune.add_argument("--dtypes", nargs="+", type=dtype_of, metavar="DTYPE", help="bf16 (default), fp16, fp32")
+    tune.add_argument("--dropout", choices=("off", "on", "both"), default="both", help="default: both")
+    tune.add_argument("--plans", nargs="+", choices=("fused", "onepass"), help="tried against addmm (default: both)")
+    tune.add_argument("--budget", type=_seconds, default=3600.0, help="seconds for everything (default 3600)")
+    tune.add_argument("--seconds", type=_seconds, default=2.0, help="of interleaved rounds per call (default 2)")
+    tune.add_argument("--device", type=device_of, help="cuda, cuda:1 (default: cuda)")
+    tune.add_argument("--out", type=Path, help="folder of the table (default: where lorasp looks for it)")
+    tune.add_argument("--fresh", action="store_true", help="drop the rows that the table holds")
+    tune.add_argument("--dry-run", action="store_true", help="show the candidates and the work; needs no GPU")
+    tune.add_argument(
+        "--target", type=_arch, metavar="sm_90", help="with --dry-run: an architecture instead of the GPU"
+    )
+    tune.set_defaults(command=_tune)
+
     check = commands.add_parser(
         "check", help="compare the backends with the fp64 reference on this machine; exit code 1 if one disagrees"
     )
@@ -129,6 +157,12 @@ providers:
   lorasp[:backend[:plan]]   e.g. lorasp, lorasp:cpp:fused, lorasp:triton:onepass, lorasp:reference
 flags: +fa freezes A (LoRA-FA); lorasp also takes +sp (LoRA-SP, half of the features train), +shared (--members run as
 one group), +masters (fp32 A and B) and +prepack (CPU), e.g. lorasp+fa+prepack"""
+
+
+_TUNE = """Measures every plan of lora_linear (addmm, fused, onepass), on the architecture's own tiles and on candidates
+beside them, against the frozen nn.Linear, and writes the fastest for each call into the plan table of the device.
+Correct first: what disagrees with the fp64 reference, does not compile or does not launch is reported, never chosen.
+addmm stays unless another plan is faster by more than the noise. Started again, it goes on where it stopped."""
 
 
 def _at_least(least: int):
@@ -171,6 +205,27 @@ def _mknr(text: str) -> tuple[int, ...]:
     if len(sizes) != 4:
         raise argparse.ArgumentTypeError(f"must be four whole numbers M,K,N,R above 0, got {text!r}")
     return sizes
+
+
+def _kn(text: str) -> tuple[int, ...]:
+    sizes = _sizes(text)
+    if len(sizes) != 2:
+        raise argparse.ArgumentTypeError(f"must be two whole numbers K,N above 0, got {text!r}")
+    return sizes
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, got {text}")
+    return value
+
+
+def _arch(text: str) -> int:
+    digits = text.removeprefix("sm_")
+    if not digits.isdecimal() or int(digits) < 75:
+        raise argparse.ArgumentTypeError(f"must be sm_75 or later, such as sm_90, got {text!r}")
+    return int(digits)
 
 
 def _operators() -> Sequence[str]:
@@ -226,6 +281,12 @@ def _bench(options: argparse.Namespace) -> int:
     from lorasp.bench import command, hiddenkey_report
 
     return (command if options.op == "lora_linear" else hiddenkey_report).run(options)
+
+
+def _tune(options: argparse.Namespace) -> int:
+    from lorasp.tune import command
+
+    return command.run(options)
 
 
 def _check(options: argparse.Namespace) -> int:

@@ -69,7 +69,7 @@ def test_bench_without_its_extra_says_what_is_missing(tmp_path):
 def test_the_module_runs():
     done = subprocess.run([sys.executable, "-m", "lorasp", "--help"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0
-    assert "{info,demo,bench,check}" in done.stdout
+    assert "{info,demo,bench,tune,check}" in done.stdout
 
 
 CHECK = ["check", "--op", "lora_linear", "--shapes", "5,24,40,3", "--device", "cpu"]

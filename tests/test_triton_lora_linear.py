@@ -94,9 +94,50 @@ def test_far_rows_do_not_speak(table, call):
     assert choose(table([ROW]), **call) == tuning.Plan("addmm")
 
 
-def test_malformed_table(table):
-    with pytest.raises(ValueError, match=r"test_gpu_7\.json: plans must be among"):
-        choose(table([ROW | {"plan": "best"}]))
+def test_onepass_rows_do_not_speak_for_ranks_it_cannot_take(table):
+    target = table([ROW | {"R": 64, "plan": "onepass"}])
+    assert choose(target, R=64).name == "onepass"
+    assert choose(target, R=96) == tuning.Plan("addmm")
+    assert choose(target, "onepass", R=96).name == "onepass"  # forced: the launcher says why it refuses
+
+
+def test_a_plan_with_tiles_runs_with_these():
+    target, tiles = tuning.target_of_arch(90), tuning.GemmConfig(64, 64, 32, num_warps=4, num_stages=2)
+    plan = tuning.Plan("onepass", tiles)
+    assert choose(target, plan) is plan
+    assert choose(target, plan, direction="backward") == tuning.Plan("fused", tiles)
+
+
+TILES = {"block_m": 128, "block_c": 128, "block_d": 64, "num_warps": 8, "num_stages": 4}
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "message"),
+    [
+        ([ROW | {"plan": "best"}], {}, "row 0: plan must be one of addmm, fused, onepass, got 'best'"),
+        ([ROW, ROW | {"dtype": "fp16"}], {}, "row 1: dtype must be one of bfloat16, float16, float32, got 'fp16'"),
+        ([ROW | {"M": 0}], {}, "row 0: M must be a whole number above 0, got 0"),
+        ([ROW | {"K": True}], {}, "row 0: K must be a whole number above 0, got True"),
+        ([ROW | {"ratio": 1.0}], {}, r"row 0 must have no other fields than .*gemm, got \['ratio'\]"),
+        ([{"plan": "addmm"}], {}, "row 0 must have direction, dtype, dropout, N, K, R, M, plan, got 'plan'"),
+        ([ROW | {"gemm": TILES | {"block_k": 64}}], {}, r"row 0: gemm must have no other fields .*got \['block_k'\]"),
+        ([ROW | {"gemm": {"block_m": 64}}], {}, "row 0: gemm must have block_m, block_c, .*got 'block_m'"),
+        ([ROW | {"gemm": TILES | {"tma": 1}}], {}, "row 0: gemm tma must be true or false, got 1"),
+        ([], {"default": {"forward": "addmm"}}, "default must have forward, backward, got 'forward'"),
+        ([], {"default": {"forward": "addmm", "backward": "auto"}}, "default backward must be one of addmm, .*'auto'"),
+        ({}, {}, "rows must be a list, got {}"),
+    ],
+)
+def test_malformed_table(table, rows, changes, message):
+    with pytest.raises(ValueError, match=rf"test_gpu_7\.json: {message}"):
+        choose(table(rows, **changes))
+
+
+def test_a_table_that_is_no_json(table, tmp_path):
+    target = table([])
+    (tmp_path / "test_gpu_7.json").write_text("{")
+    with pytest.raises(ValueError, match=r"test_gpu_7\.json: must be JSON"):
+        choose(target)
 
 
 @pytest.mark.parametrize("M", [1, 64, 8192])

@@ -27,8 +27,6 @@ from .lora_linear_skinny import (
 )
 from .lora_linear_tma import _lora_linear_gemm_tma_kernel, _lora_linear_onepass_tma_kernel
 
-_ONEPASS_MAX_RANK = 64
-
 
 @dataclass(frozen=True)
 class _Dropout:
@@ -67,7 +65,7 @@ _NO_DROPOUT = _Dropout(None, 0, 0)
 
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, seed: Tensor | None, scale: float,
-    dropout_p: float, member: int, plan: str,
+    dropout_p: float, member: int, plan: str | tuning.Plan,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y, xa) for x (M, K), weight (N, K), bias (N,) or None, lora_A (R, K), lora_B (N, R); any strides.
 
@@ -80,8 +78,8 @@ def forward(
     target = target_of(x)
     dropout = _Dropout(seed, round(dropout_p * 65536), member)
     chosen = tuning.select_plan(plan, "forward", M, N, K, R, x.dtype, dropout.active, target)
-    if chosen.name == "onepass" and R > _ONEPASS_MAX_RANK:
-        raise ValueError(f"lora_linear: plan onepass takes R <= {_ONEPASS_MAX_RANK}, got {R}")
+    if chosen.name == "onepass" and R > tuning.ONEPASS_MAX_RANK:
+        raise ValueError(f"lora_linear: plan onepass takes R <= {tuning.ONEPASS_MAX_RANK}, got {R}")
     if M == 0:
         return x.new_empty((0, N)), x.new_empty((0, R))
 
@@ -102,7 +100,7 @@ def forward(
 def backward(
     dy: Tensor, x: Tensor | None, weight: Tensor, lora_A: Tensor, lora_B: Tensor, xa: Tensor | None,
     seed: Tensor | None, mask_A: Tensor | None, mask_B: Tensor | None, scale: float, dropout_p: float, member: int,
-    need_dx: bool, need_dA: bool, need_dB: bool, plan: str,
+    need_dx: bool, need_dA: bool, need_dB: bool, plan: str | tuning.Plan,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx, dlora_A, dlora_B), each an empty (0,) tensor where it is not needed.
 
@@ -277,11 +275,11 @@ def _gemm(p, v, bias, h, q, dropout, config, target, rank_first) -> Tensor:
 
 
 def _onepass(x, weight, bias, lora_A, lora_B, scale, dropout, config, target) -> tuple[Tensor, Tensor]:
-    """(y, xa) from one kernel; R <= _ONEPASS_MAX_RANK, lora_A and lora_B contiguous."""
+    """(y, xa) from one kernel; R <= tuning.ONEPASS_MAX_RANK, lora_A and lora_B contiguous."""
     (M, K), (N, R) = x.shape, lora_B.shape
     y, xa = x.new_empty((M, N)), x.new_empty((M, R))
     stored, transposed = _as_stored(weight.t())
-    block_r = tuning.pad_rank(R, _ONEPASS_MAX_RANK)
+    block_r = tuning.pad_rank(R, tuning.ONEPASS_MAX_RANK)
     tma = all(map(_suits_tma, (x, stored, lora_A, y)))
     if config is None or (config.tma and not tma):
         config = tuning.gemm_config(

@@ -21,7 +21,6 @@ from . import tuning
 from .launch import check_operand, device_of, launch, precision_of, target_of
 from .lora_linear import (
     _NO_DROPOUT,
-    _ONEPASS_MAX_RANK,
     _accumulate,
     _as_stored,
     _descriptor,
@@ -70,8 +69,8 @@ def forward(
         for N, R in sizes
     ]
     for chosen, (_, R) in zip(plans, sizes, strict=True):
-        if chosen.name == "onepass" and R > _ONEPASS_MAX_RANK:
-            raise ValueError(f"{_OPERATOR}: plan onepass takes R <= {_ONEPASS_MAX_RANK}, got {R}")
+        if chosen.name == "onepass" and R > tuning.ONEPASS_MAX_RANK:
+            raise ValueError(f"{_OPERATOR}: plan onepass takes R <= {tuning.ONEPASS_MAX_RANK}, got {R}")
     if M == 0:
         x_columns = x.new_empty((0, columns.shape[0])) if keep_columns else x.new_empty(0)
         return [x.new_empty((0, N)) for N, _ in sizes], [x.new_empty((0, R)) for _, R in sizes], x_columns

@@ -17,13 +17,15 @@ own speed there.
 import json
 import math
 import re
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
 PLANS = ("auto", "addmm", "fused", "onepass")
+ONEPASS_MAX_RANK = 64
 _CONFIG_DIR = Path(__file__).parent / "configs"
 
 
@@ -229,23 +231,75 @@ def one_pass_over_dy(M: int, N: int, R: int, itemsize: int, block_m: int) -> boo
     return R <= 64 and 2 * partials < M * N * itemsize
 
 
+_ROW = {
+    "direction": ("forward", "backward"), "dtype": ("bfloat16", "float16", "float32"), "dropout": (False, True),
+    "N": int, "K": int, "R": int, "M": int, "plan": PLANS[1:],
+}  # fmt: skip
+ROW_KEY = tuple(_ROW)[:-1]
+
+
+def table_file(device: str) -> str:
+    """The name of a device's file in configs/."""
+    return re.sub(r"[^a-z0-9]+", "_", device.lower()) + ".json"
+
+
+def read_table(path: Path) -> dict:
+    """The table of one file. Raises ValueError that names the file and what in it is not as the module says."""
+
+    def expect(right: bool, what: str, got: object) -> None:
+        if not right:
+            raise ValueError(f"{path.name}: {what}, got {got!r}")
+
+    def expect_fields(where: str, have: object, needed: Iterable[str], optional: Iterable[str] = ()) -> None:
+        expect(isinstance(have, dict), f"{where} must be an object", have)
+        expect(set(needed) <= set(have), f"{where} must have {', '.join(needed)}", ", ".join(have))
+        unknown = sorted(set(have) - {*needed, *optional})
+        expect(not unknown, f"{where} must have no other fields than {', '.join([*needed, *optional])}", unknown)
+
+    try:
+        table = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path.name}: must be JSON: {error}") from error
+    expect_fields("the file", table, ("device", "measured", "provenance", "default", "rows"))
+    expect_fields("default", table["default"], ("forward", "backward"))
+    for direction, plan in table["default"].items():
+        expect(plan in PLANS[1:], f"default {direction} must be one of {', '.join(PLANS[1:])}", plan)
+    expect(isinstance(table["rows"], list), "rows must be a list", table["rows"])
+    tiles = {field.name: type(field.default) for field in fields(GemmConfig) if field.default is not MISSING}
+    sizes = [field.name for field in fields(GemmConfig) if field.default is MISSING]
+    for i, row in enumerate(table["rows"]):
+        expect_fields(f"row {i}", row, _ROW, ("gemm",))
+        for name, allowed in _ROW.items():
+            if allowed is int:
+                expect(_is_size(row[name]), f"row {i}: {name} must be a whole number above 0", row[name])
+            else:
+                known = ", ".join(map(str, allowed))
+                expect(row[name] in allowed, f"row {i}: {name} must be one of {known}", row[name])
+        expect_fields(f"row {i}: gemm", row.get("gemm", dict.fromkeys(sizes)), sizes, tiles)
+        for name, value in row.get("gemm", {}).items():
+            flag = tiles.get(name) is bool
+            right = isinstance(value, bool) if flag else _is_size(value)
+            expect(
+                right, f"row {i}: gemm {name} must be {'true or false' if flag else 'a whole number above 0'}", value
+            )
+    return table
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and value > 0
+
+
 @lru_cache
 def load_table(name: str) -> dict:
     """The table of a device name, configs/default.json where it has none. Raises ValueError for a malformed file."""
-    path = _CONFIG_DIR / (re.sub(r"[^a-z0-9]+", "_", name.lower()) + ".json")
+    path = _CONFIG_DIR / table_file(name)
     path = path if path.exists() else _CONFIG_DIR / "default.json"
-    table = json.loads(path.read_text())
-    known = {field.name for field in fields(GemmConfig)}
-    chosen = [*table["default"].values(), *(row["plan"] for row in table["rows"])]
-    tiles = [set(row.get("gemm", {})) for row in table["rows"]]
-    if not set(chosen) <= set(PLANS[1:]) or not all(names <= known for names in tiles):
-        raise ValueError(f"{path.name}: plans must be among {PLANS[1:]} and gemm fields among {sorted(known)}")
-    return table | {"file": path.name}
+    return read_table(path) | {"file": path.name}
 
 
 @lru_cache(maxsize=4096)
 def select_plan(
-    plan: str,
+    plan: str | Plan,
     direction: str,
     M: int,
     N: int,
@@ -258,9 +312,11 @@ def select_plan(
 ) -> Plan:
     """The plan of one call: `plan` itself where it is forced, else the table's choice, on any device.
 
-    direction: "forward" or "backward", whose dx has no one-pass form: onepass means fused there. Raises ValueError for
-    an unknown plan.
+    plan: a name, or a Plan to run with these very tiles. direction: "forward" or "backward", whose dx has no one-pass
+    form: onepass means fused there. Raises ValueError for an unknown plan.
     """
+    if isinstance(plan, Plan):
+        return replace(plan, name="fused") if direction == "backward" and plan.name == "onepass" else plan
     if plan not in PLANS:
         raise ValueError(f"{operator}: plan must be one of {', '.join(PLANS)}, got {plan!r}")
     table = load_table(target.name)
@@ -273,7 +329,7 @@ def select_plan(
         row
         for row in table["rows"]
         if (row["direction"], row["dtype"], row["dropout"]) == (direction, dtype_name, dropout)
-        and (plan == "auto" or row["plan"] == plan)
+        and (row["plan"] == plan or (plan == "auto" and (row["plan"] != "onepass" or R <= ONEPASS_MAX_RANK)))
         and max(apart(row, N=N), apart(row, K=K), apart(row, R=R)) <= 1
     ]
     row = min(rows, key=lambda row: (apart(row, N=N, K=K), apart(row, R=R), apart(row, M=max(M, 1))), default=None)

@@ -54,15 +54,18 @@ def make_inputs(
     masks: bool = False,
     zero_weight: bool = False,
     seed: int = 0,
+    generator: torch.Generator | None = None,
 ) -> dict[str, Tensor | None]:
     """x, weight, lora_A, lora_B, bias, mask_A, mask_B and dy such that the low-rank term is as large as the frozen one.
 
     Otherwise a missing low-rank term would hide inside the frozen product's rounding. masters: lora_A, lora_B fp32.
+    generator: draws on its own device; by default one on the CPU, seeded, so that every device gets the same numbers.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator or torch.Generator().manual_seed(seed)
+    draw = {"generator": generator, "device": generator.device}
 
     def normal(*shape, std=1.0):
-        return (torch.randn(*shape, generator=generator, dtype=torch.float64) * std).to(device, dtype)
+        return (torch.randn(*shape, **draw, dtype=torch.float64) * std).to(device, dtype)
 
     low_rank = torch.float32 if masters else dtype
     inputs = {
@@ -71,8 +74,8 @@ def make_inputs(
         "lora_A": normal(R, K, std=K**-0.5).to(low_rank),
         "lora_B": normal(N, R, std=R**-0.5).to(low_rank),
         "bias": normal(N) if bias else None,
-        "mask_A": torch.rand(R, K, generator=generator).lt(0.5).to(device) if masks else None,
-        "mask_B": torch.rand(N, R, generator=generator).lt(0.5).to(device) if masks else None,
+        "mask_A": torch.rand(R, K, **draw).lt(0.5).to(device) if masks else None,
+        "mask_B": torch.rand(N, R, **draw).lt(0.5).to(device) if masks else None,
         "dy": normal(M, N),
     }
     return inputs

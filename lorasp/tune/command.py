@@ -1,0 +1,154 @@
+"""`lorasp tune`: jobs from the command line, outcomes to screen and to the device's plan table."""
+
+import argparse
+import datetime
+import itertools
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from lorasp import console
+from lorasp.console import UsageError
+from lorasp.ops import registry
+from lorasp.triton_kernels import tuning
+from lorasp.tune import report, search
+from lorasp.tune.search import Bench, DeviceLost, Job, Outcome
+from lorasp.tune.table import PlanFile
+
+# (K, N): LLaMA 8B's q and o, gate and up, down, k and v; RoBERTa-large's up, down and attention.
+SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (4096, 1024), (1024, 4096), (1024, 1024))
+RANKS = (16, 8, 64)
+# Far apart first: where the time ends early, the nearest row is still not far.
+TOKENS = (8192, 1, 512, 32768, 32, 2048, 8, 128)
+DTYPES = (torch.bfloat16,)
+DIRECTIONS = ("forward", "backward")
+DROPOUT = {"off": (False,), "on": (True,), "both": (False, True)}
+
+
+def make_jobs(options: argparse.Namespace) -> list[Job]:
+    """Every job of the options: all M of one layer together, the first dtype, shape and rank first."""
+    return [
+        Job(direction, dtype, dropout, N, K, R, M)
+        for dtype, dropout, (K, N), R, direction, M in itertools.product(
+            options.dtypes or DTYPES, DROPOUT[options.dropout], options.shapes or SHAPES, options.ranks or RANKS,
+            DIRECTIONS, options.tokens or TOKENS,
+        )
+    ]  # fmt: skip
+
+
+def _plans(options: argparse.Namespace) -> Sequence[str]:
+    return ("addmm", *options.plans) if options.plans else tuning.PLANS[1:]
+
+
+def run(options: argparse.Namespace) -> int:
+    """Exit code 0; 1 if a plan on its own tiles is wrong or the device is lost. Raises UsageError where nothing can be
+    measured."""
+    jobs = make_jobs(options)
+    if options.dry_run:
+        report.print_work(jobs, _target(options), _plans(options), options.seconds, options.budget)
+        return 0
+    if options.target is not None:
+        raise UsageError("--target goes with --dry-run: what is measured is the GPU at hand")
+    bench, provenance = _device_bench(options)
+    provenance |= {"date": f"{datetime.date.today():%Y-%m-%d}", "command": _command_line(options.arguments)}
+    return tune(jobs, bench, provenance, options)
+
+
+def _command_line(arguments: Sequence[str]) -> str:
+    """The command without --out: a folder of this machine is nobody else's business."""
+    kept, after_out = [], False
+    for argument in arguments:
+        if not after_out and argument.split("=")[0] != "--out":
+            kept.append(argument)
+        after_out = argument == "--out"
+    return shlex.join(["lorasp", *kept])
+
+
+def tune(jobs: Sequence[Job], bench: Bench, provenance: dict[str, str], options: argparse.Namespace) -> int:
+    """Search on `bench`, write every winner at once, show what came out; returns the exit code."""
+    folder = options.out or Path(tuning.__file__).parent / "configs"
+    console.make_folder(folder)
+    try:
+        file = PlanFile(folder, bench.target.name, provenance, fresh=options.fresh)
+    except ValueError as error:
+        raise UsageError(f"{error}; --fresh starts a new one") from error
+    pending = file.pending(jobs)
+    print(f"{bench.target.name}: {len(pending)} of {len(jobs)} calls to measure, {options.budget:g} s at most")
+    if len(file) and not file.comparable:
+        print(f"{file.path.name} was measured with other versions: its rows stay until they are measured again")
+    measured, wrong = [], False
+    outcomes = search.run(
+        pending, bench, plans=_plans(options), seconds=options.seconds, budget=options.budget,
+        progress=_progress,
+    )  # fmt: skip
+    try:
+        for _, group in itertools.groupby(outcomes, key=lambda outcome: outcome.job.group):
+            shown = []
+            for outcome in group:
+                if outcome.winner is not None:
+                    file.add(outcome.job, outcome.winner)
+                measured.append(outcome)
+                shown.append(outcome)
+                wrong = wrong or any(plan.gemm is None for plan in outcome.wrong)
+            _progress("")
+            report.print_outcomes(shown)
+    except OSError as error:
+        raise UsageError(f"{file.path}: {error}; --out takes another folder") from error
+    except DeviceLost as error:
+        _progress("")
+        print(f"lorasp tune: the device failed: {error}", file=sys.stderr)
+        _print_written(file, measured)
+        return 1
+    if len(measured) < len(pending):
+        print(f"the time is over: {len(pending) - len(measured)} calls are not measured; the same command goes on")
+    _print_written(file, measured)
+    return 1 if wrong else 0
+
+
+def _print_written(file: PlanFile, measured: Sequence[Outcome]) -> None:
+    if any(outcome.winner is not None for outcome in measured):
+        print(f"wrote {file.path} ({len(file)} rows)")
+    else:
+        print("nothing written: nothing was measured")
+
+
+def _device_bench(options: argparse.Namespace) -> tuple[Bench, dict[str, str]]:
+    missing = registry.available_backends()["triton"]
+    if missing is not None:
+        raise UsageError(
+            f"measures on a GPU, through Triton: {missing}; --dry-run --target sm_90 shows what it would do"
+        )
+    from lorasp.triton_kernels.launch import INTERPRETED
+    from lorasp.tune import device as devices
+
+    device = options.device or torch.device("cpu" if INTERPRETED else "cuda")
+    if INTERPRETED and device.type != "cpu":
+        raise UsageError(f"--device must be cpu under TRITON_INTERPRET=1, got {device}")
+    for dtype in options.dtypes or DTYPES:
+        if reason := registry.unsupported("triton", device.type, dtype):
+            raise UsageError(reason)
+    if device.type == "cpu" and options.out is None:
+        raise UsageError(
+            "times of Triton's interpreter mean nothing to a plan table: --out must name a folder for them"
+        )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    bench = devices.DeviceBench(device)
+    return bench, devices.provenance(bench)
+
+
+def _target(options: argparse.Namespace) -> tuning.Target:
+    if options.target is not None:
+        return tuning.target_of_arch(options.target)
+    if not torch.cuda.is_available():
+        raise UsageError("--dry-run needs --target (sm_80, sm_90, sm_100, sm_120, ...) where there is no GPU")
+    return tuning.target_of_device(options.device or torch.device("cuda", torch.cuda.current_device()))
+
+
+def _progress(text: str) -> None:
+    """One line on a terminal's stderr that the next one replaces; nothing where stderr is a file."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text[:150]}", end="", file=sys.stderr, flush=True)
