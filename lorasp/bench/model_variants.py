@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lorasp.config import LoRAConfig, PartialConfig
 from lorasp.inject import inject
+from lorasp.integrations.peft import accelerate
 from lorasp.nn import LoRALinear
 
 BASE, PEFT = "frozen", "peft"
@@ -82,7 +83,13 @@ MODELS: dict[str, ModelCase] = {
 
 
 def adapt_with_peft(
-    model: nn.Module, rank: int, dropout_p: float, *, masters: bool = True, freeze_A: bool = False
+    model: nn.Module,
+    rank: int,
+    dropout_p: float,
+    *,
+    masters: bool = True,
+    freeze_A: bool = False,
+    accelerated: bool = False,
 ) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
@@ -93,6 +100,8 @@ def adapt_with_peft(
         model = get_peft_model(model, config, autocast_adapter_dtype=masters)
     for layer in adapted_layers(model).values():
         layer.lora_A["default"].weight.requires_grad_(not freeze_A)
+    if accelerated:
+        accelerate(model)
     return model
 
 
@@ -120,10 +129,21 @@ VARIANTS: dict[str, Variant] = {
     "peft-half": _variant("PEFT, adapters in the model's dtype", adapt_with_peft, masters=False),
     "peft+fa": _variant("peft, A frozen", adapt_with_peft, freeze_A=True),
     "peft-half+fa": _variant("peft-half, A frozen", adapt_with_peft, masters=False, freeze_A=True),
+    "accelerate": _variant("peft, accelerated by lorasp", adapt_with_peft, accelerated=True),
+    "accelerate+fa": _variant("peft, A frozen, accelerated", adapt_with_peft, freeze_A=True, accelerated=True),
     "lorasp": _variant("lorasp LoRA, adapters in the model's dtype", adapt_with_lorasp),
     "lorasp+masters": _variant("lorasp LoRA, fp32 adapters", adapt_with_lorasp, adapter_dtype=torch.float32),
     "lorasp+fa": _variant("lorasp LoRA-FA: A frozen", adapt_with_lorasp, freeze_A=True),
     "lorasp+sp": _variant("lorasp LoRA-SP: half of A and B train", adapt_with_lorasp, partial=PartialConfig()),
+    "lorasp+recompute": _variant(
+        "lorasp LoRA, MLPs recompute their activation", adapt_with_lorasp, recompute_mlp="activation"
+    ),
+    "lorasp+fa+recompute": _variant(
+        "lorasp LoRA-FA, MLPs recompute their activation", adapt_with_lorasp, freeze_A=True, recompute_mlp="activation"
+    ),
+    "lorasp+fa+recompute-full": _variant(
+        "lorasp LoRA-FA, MLPs recompute gate and up too", adapt_with_lorasp, freeze_A=True, recompute_mlp="full"
+    ),
 }
 
 

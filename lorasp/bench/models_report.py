@@ -43,6 +43,12 @@ _BOUNDS = (
     ("lorasp+fa", _STEP, 0.85),
     ("lorasp", _OVER_FROZEN, 0.15),
     ("lorasp+fa", _OVER_FROZEN, 0.01),
+    ("accelerate", _STEP, 0.85),
+    ("accelerate+fa", _STEP, 0.85),
+    ("accelerate", _OVER_FROZEN, 0.15),
+    ("accelerate+fa", _OVER_FROZEN, 0.01),
+    ("lorasp+fa+recompute", _ALL, 0.86),
+    ("lorasp+fa+recompute-full", _ALL, 0.62),
 )
 
 
