@@ -1,4 +1,4 @@
-"""The emulator that executes the CUDA kernels without a GPU: it does what hardware does and refuses what is undefined."""
+"""The emulator that executes the CUDA kernels without a GPU: it does what hardware does, and refuses the undefined."""
 
 import ctypes
 
