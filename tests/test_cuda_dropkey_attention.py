@@ -12,7 +12,7 @@ ORDERS = {0: "ascending", 1: "descending", 7: "shuffled"}
 
 
 def key_lists(rows, Sk, seed, p, order=0, faults=()):
-    library = load("dropkey_attention", *faults)
+    library = load("keys", *faults)
     library.emulated_set_order(ctypes.c_uint64(order))
     index, rank = (torch.full((rows, size), -1, dtype=torch.int32) for size in (Sk, Sk + 1))
     seed = torch.tensor(seed)

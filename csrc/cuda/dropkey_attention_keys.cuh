@@ -71,9 +71,9 @@ inline __global__ void __launch_bounds__(kThreads) dropkey_attention_keys_kernel
   if (threadIdx.x == 0) store_global(rank + Sk, kept_before);
 }
 
-// Sk in [1, 2^31), rows = B H.
-inline void dropkey_attention_keys(Stream stream, int64_t rows, const KeysArgs& args) {
-  launch(dropkey_attention_keys_kernel, {rows}, kThreads, kKeysSharedBytes, stream, args);
+// rows = B H. Sk in [0, 2^31 - 1).
+inline void dropkey_attention_keys(const Device& device, int64_t rows, const KeysArgs& args) {
+  launch(dropkey_attention_keys_kernel, {rows}, kThreads, kKeysSharedBytes, device.stream, args);
 }
 
 }  // namespace lorasp::cuda

@@ -15,11 +15,6 @@ struct Dropout {
   const int64_t* seed = nullptr;  // on the device
 };
 
-struct Device {
-  int sm_count;
-  Stream stream;
-};
-
 // A sum of `length` terms in `parts` pieces of `part` terms each, the last one shorter.
 struct Split {
   int64_t parts, part;

@@ -179,8 +179,8 @@ void launch(void (*kernel)(Args), Grid grid, int threads, int shared_bytes, Stre
     check_launch(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
                  "shared memory");
   const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
-  kernel<<<blocks, threads, shared_bytes, stream> > >(args);
-  check_launch(cudaGetLastError(), "launch");
+  void* arguments[] = {const_cast<Args*>(&args)};
+  check_launch(cudaLaunchKernel(kernel, blocks, dim3(threads), arguments, shared_bytes, stream), "launch");
 }
 
 }  // namespace lorasp::cuda

@@ -26,6 +26,12 @@ LORASP_HOST_DEVICE constexpr int tile_bytes(int rows, int columns) {
   return rows * tile_stride<T>(columns) * static_cast<int>(sizeof(T));
 }
 
+// Where kernels are launched.
+struct Device {
+  int sm_count;
+  Stream stream;
+};
+
 // Row-major, unit column stride. aligned: data and stride lie at multiples of 16 bytes.
 template <class T>
 struct Matrix {

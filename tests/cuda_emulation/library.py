@@ -15,6 +15,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 FLAGS = ("-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror",
          "-Wno-unknown-pragmas")  # fmt: skip
+TORCH = Path(torch.__file__).parent
+TORCH_FLAGS = (f"-isystem{TORCH / 'include'}", f"-L{TORCH / 'lib'}", "-ltorch_cpu")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -27,10 +29,11 @@ def compiler() -> str | None:
     return shutil.which(named) if named else shutil.which("c++") or shutil.which("g++")
 
 
-def load(name: str, *patches: tuple[str, str, str]) -> ctypes.CDLL:
+def load(name: str, *patches: tuple[str, str, str], torch_too: bool = False) -> ctypes.CDLL:
     """The library of tests/cuda_emulation/<name>.cpp, built once per state of the sources.
 
-    patches: (file of csrc/cuda, text, replacement), faults planted in a copy of the sources; text occurs there once.
+    torch_too: with torch's headers and libraries. patches: (file of csrc/cuda, text, replacement), faults planted in a
+    copy of the sources; text occurs there once.
     Skips the test where there is no C++ compiler.
     """
     found = compiler()
@@ -38,8 +41,9 @@ def load(name: str, *patches: tuple[str, str, str]) -> ctypes.CDLL:
         pytest.skip("no C++ compiler: the emulated kernels cannot be built")
     if os.uname().sysname != "Linux":
         pytest.skip("the emulator's fibers are written for Linux")
-    sources = sorted([*HERE.glob("*.h"), HERE / f"{name}.cpp", *ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*.cuh")])
-    state = hashlib.sha256(repr((found, FLAGS, patches)).encode())
+    sources = sorted([*HERE.glob("*.h"), HERE / f"{name}.cpp", *ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*")])
+    flags = [*FLAGS, *(TORCH_FLAGS if torch_too else ())]
+    state = hashlib.sha256(repr((found, flags, patches, torch.__version__)).encode())
     for source in sources:
         state.update(source.read_bytes())
     library = ROOT / "build" / "cuda_emulation" / f"{name}-{state.hexdigest()[:16]}.so"
@@ -47,13 +51,14 @@ def load(name: str, *patches: tuple[str, str, str]) -> ctypes.CDLL:
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             copy = Path(folder) / "csrc"
-            shutil.copytree(ROOT / "csrc", copy, ignore=shutil.ignore_patterns("cpu", "*.cpp", "*.cu"))
+            shutil.copytree(ROOT / "csrc", copy, ignore=shutil.ignore_patterns("cpu", "*.cpp"))
             for file, text, replacement in patches:
                 content = (copy / "cuda" / file).read_text()
                 assert content.count(text) == 1, f"{file}: {text!r} occurs {content.count(text)} times"
                 (copy / "cuda" / file).write_text(content.replace(text, replacement))
             built = Path(folder) / "library.so"
-            command = [found, *FLAGS, f"-I{copy / 'cuda'}", f"-I{HERE}", str(HERE / f"{name}.cpp"), "-o", str(built)]
+            folders = [f"-I{copy / 'cuda'}", f"-I{HERE}"]
+            command = [found, *folders, str(HERE / f"{name}.cpp"), "-o", str(built), *flags]
             result = subprocess.run(command, capture_output=True, text=True)
             assert result.returncode == 0, result.stderr
             built.replace(library)

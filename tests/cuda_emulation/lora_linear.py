@@ -45,7 +45,7 @@ class Kernels:
 
     sm_count: int = 4
     order: int = 0
-    library: ctypes.CDLL = field(default_factory=lambda: load("lora_linear"))
+    library: ctypes.CDLL = field(default_factory=lambda: load("kernels", torch_too=True))
 
     def _call(self, name: str, dtype: torch.dtype, *arguments) -> None:
         self.library.emulated_set_order(ctypes.c_uint64(self.order))

@@ -1,5 +1,7 @@
-// csrc/cuda/lora_linear_launch.cuh for ctypes: every launcher in every dtype, on the emulator.
-#include "lora_linear_launch.cuh"
+// The CUDA operators on the emulator: all of csrc/cuda/*.cu for CPU tensors, as torch.ops.lorasp.<op>_cuda, and for
+// ctypes every launcher of csrc/cuda/lora_linear_launch.cuh in every dtype.
+#include "dropkey_attention.cu"
+#include "lora_linear.cu"
 #include "harness.h"
 
 using namespace lorasp::cuda;

@@ -1,4 +1,4 @@
-// csrc/cuda/dropkey_attention_keys.cuh for ctypes.
+// The key lists alone: what the planted races are compiled into.
 #include "dropkey_attention_keys.cuh"
 #include "harness.h"
 
@@ -11,6 +11,6 @@ extern "C" const char* emulated_keys(int64_t rows, int64_t Sk, const int64_t* se
     provide(seed, 8, false);
     provide(index, rows * Sk * 4, true);
     provide(rank, rows * (Sk + 1) * 4, true);
-    dropkey_attention_keys(nullptr, rows, {Sk, {0, kPurposeDropkey, 0, threshold}, seed, index, rank});
+    dropkey_attention_keys({4, nullptr}, rows, {Sk, {0, kPurposeDropkey, 0, threshold}, seed, index, rank});
   });
 }
