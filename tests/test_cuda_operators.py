@@ -132,7 +132,8 @@ def test_key_lists(emulated, rows, keys):
 
 def bad_calls():
     i = make_inputs(4, 8, 6, 2, torch.float32, masks=True)
-    good = {name: i[name] for name in ("x", "weight", "bias", "lora_A", "lora_B")}
+    operands = ("x", "weight", "bias", "lora_A", "lora_B")
+    good = {name: i[name] for name in operands}
     good |= {"seed": None, "scale": 1.0, "dropout_p": 0.0, "member": 0, "plan": "auto", "packed": None}
     for changes, message in (
         ({"weight": torch.zeros(6, 9)}, r"weight must be \(6, 8\), got \(6, 9\)"),
@@ -142,7 +143,7 @@ def bad_calls():
         ({"packed": torch.zeros(1)}, "packed must be None for backend cuda"),
         ({"dropout_p": 0.5}, "seed must be a 0-d int64 tensor when dropout_p > 0, got None"),
         ({"dropout_p": 1.0}, r"dropout_p must be in \[0, 1\), got 1"),
-        ({name: good[name].double() for name in ("x", "weight", "lora_A", "lora_B")}, "x must be float32, bfloat16 or"),
+        ({name: good[name].double() for name in operands}, "x must be float32, bfloat16 or float16"),
     ):
         yield pytest.param(good | changes, message, id=message)
 

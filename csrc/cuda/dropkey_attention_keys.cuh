@@ -44,7 +44,7 @@ __device__ inline int sum_before(int count, Shared<int> room, int& total) {
   return before;
 }
 
-inline __global__ void __launch_bounds__(kThreads) dropkey_attention_keys_kernel(const KeysArgs args) {
+static __global__ void __launch_bounds__(kThreads) dropkey_attention_keys_kernel(const KeysArgs args) {
   const int64_t row = blockIdx.x, Sk = args.Sk;
   int* index = args.index + row * Sk;
   int* rank = args.rank + row * (Sk + 1);

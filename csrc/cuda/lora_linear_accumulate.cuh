@@ -1,8 +1,9 @@
 // out (M, C) += keep o (h q) + bias in place, for h (M, R): y += xa B^T + bias (q = B^T, B lies rank last) and
 // dx += D o (g A) (q = A, which lies rank first; D's factor is in g). The sum is rounded once.
 //
-// One block per tile of (kBlockM, kBlockC). `out` is read before the product is formed and is under way meanwhile; the
-// product goes through shared memory, so that out is written 16 bytes at a time.
+// One block per tile of (kBlockM, kBlockC). In half precision `out` is read before the product is formed and is under
+// way meanwhile (in fp32 it would take the product's registers); the product goes through shared memory, so that out is
+// written 16 bytes at a time.
 //
 // Floor: reads and writes M C elements, reads M R and R C per tile (from L2). FLOPs 2 M C R. At M = 8192, C = 4096, R =
 // 16 in bf16 on 4.3 TB/s beside a 348 us frozen GEMM [calc]: 134 MB, 31 us, 9 %.
@@ -59,6 +60,7 @@ __global__ void __launch_bounds__(kThreads) lora_linear_accumulate_kernel(const 
   constexpr int kPStride = tile_stride<T>(kBlockC), kRankStride = tile_stride<T>(kRank);
   constexpr int kSumStride = tile_stride<float>(kBlockC);
   constexpr int kUnits = kBlockC / kUnit, kUnitsPerThread = kBlockM * kUnits / kThreads;
+  static_assert(kUnitsPerThread * kUnit <= 32);  // keep bits of a thread's units in one word
   constexpr int kCopy = 16 / static_cast<int>(sizeof(T)), kCopies = kUnit / kCopy;
   [[maybe_unused]] constexpr int kUnroll = sizeof(T) == 4 ? 1 : kRank / P::kK;  // more spills in fp32
   const int warp = threadIdx.x / 32;
@@ -74,12 +76,12 @@ __global__ void __launch_bounds__(kThreads) lora_linear_accumulate_kernel(const 
     return args.out.data + ((row + unit_row(n)) * args.out.stride + col + unit_col(n));
   };
   const auto whole = [&](int n) { return args.out.aligned && row + unit_row(n) < M && col + unit_col(n) + kUnit <= C; };
-  Words old[kUnitsPerThread][kCopies];
+  Words old[kUnitsPerThread];
+  if constexpr (sizeof(T) == 2) {
 #pragma unroll
-  for (int n = 0; n < kUnitsPerThread; ++n)
-    if (whole(n))
-#pragma unroll
-      for (int i = 0; i < kCopies; ++i) old[n][i] = load_global16(unit_at(n) + i * kCopy);
+    for (int n = 0; n < kUnitsPerThread; ++n)
+      if (whole(n)) old[n] = load_global16(unit_at(n));
+  }
 
   const Shared<T> h = shared_memory<T>(0), q = shared_memory<T>(Tiles::kHBytes);
   float acc[kBlockC / 8][4] = {};
@@ -103,6 +105,15 @@ __global__ void __launch_bounds__(kThreads) lora_linear_accumulate_kernel(const 
                                       : P::load_b(q + (j * 8 * kRankStride + k), kRankStride, true));
     }
   }
+  uint32_t kept = 0xFFFFFFFFu;
+  if (keep.threshold > 0) {
+    kept = 0;
+#pragma unroll 1
+    for (int n = 0; n < kUnitsPerThread; ++n) {
+      const int64_t start = (row + unit_row(n)) * C + col + unit_col(n);
+      kept |= (keep_bits(keep, static_cast<uint64_t>(start)) & 0xFFu) << (kUnit * n);
+    }
+  }
   sync_threads();
   const Shared<float> sum = shared_memory<float>(0);
 #pragma unroll
@@ -117,21 +128,22 @@ __global__ void __launch_bounds__(kThreads) lora_linear_accumulate_kernel(const 
     const int valid = m < M ? valid_columns(c, C) : 0;
     if (valid == 0) continue;
     const Shared<float> unit = sum + (unit_row(n) * kSumStride + unit_col(n));
-    const uint32_t kept = keep.threshold > 0 ? keep_bits(keep, static_cast<uint64_t>(m * C + c)) : 0xFFu;
     const auto added = [&](int e) {
       const float bias = args.bias ? to_float(load_global(args.bias + (c + e))) : 0.0f;
-      return kept >> e & 1 ? bias + float(unit[e]) : bias;
+      return kept >> (kUnit * n + e) & 1 ? bias + float(unit[e]) : bias;
     };
     if (whole(n)) {
 #pragma unroll
       for (int i = 0; i < kCopies; ++i) {
+        const Words before = sizeof(T) == 2 ? old[n] : load_global16(unit_at(n) + i * kCopy);
         Words words;
 #pragma unroll
         for (int e = 0; e < kCopy; ++e)
-          set_word_element<T>(words, e, from_float<T>(to_float(word_element<T>(old[n][i], e)) + added(i * kCopy + e)));
+          set_word_element<T>(words, e, from_float<T>(to_float(word_element<T>(before, e)) + added(i * kCopy + e)));
         store_global16(unit_at(n) + i * kCopy, words);
       }
     } else {
+#pragma unroll 1
       for (int e = 0; e < valid; ++e)
         store_global(unit_at(n) + e, from_float<T>(to_float(load_global(unit_at(n) + e)) + added(e)));
     }

@@ -51,6 +51,7 @@ __global__ void __launch_bounds__(kThreads) lora_linear_project_kernel(const Pro
   using P = Product<T>;
   constexpr int kBlockM = Tiles::kBlockM, kRowTiles = Tiles::kRowTiles, kStages = Tiles::kStages;
   constexpr int kPStride = tile_stride<T>(kBlockC), kRankStride = tile_stride<T>(kRank);
+  [[maybe_unused]] constexpr int kUnroll = sizeof(T) == 4 ? 4 : kBlockC / P::kK;
   const int warp = threadIdx.x / 32;
   const int64_t M = args.p.rows, C = args.p.cols, R = args.R;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kBlockM;
@@ -86,7 +87,7 @@ __global__ void __launch_bounds__(kThreads) lora_linear_project_kernel(const Pro
     if (keep.threshold > 0) drop_tile<kBlockM, kBlockC, T>(p, keep, row, col, C);
     sync_threads();
     load(step + kStages - 1);
-#pragma unroll
+#pragma unroll kUnroll
     for (int k = 0; k < kBlockC; k += P::kK) {
       typename P::A a[kRowTiles];
 #pragma unroll

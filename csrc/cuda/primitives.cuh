@@ -71,9 +71,16 @@ template <class T>
 __device__ __forceinline__ void store_global(T* p, T v) {
   *p = v;
 }
-// 16 bytes at a multiple of 16.
-__device__ __forceinline__ Words load_global16(const void* p) { return *static_cast<const Words*>(p); }
-__device__ __forceinline__ void store_global16(void* p, Words v) { *static_cast<Words*>(p) = v; }
+// 16 bytes at a multiple of 16. Stores are PTX: nvcc takes those of a uint4 or a struct apart.
+__device__ __forceinline__ Words load_global16(const void* p) {
+  const uint4 v = *static_cast<const uint4*>(p);
+  return {{v.x, v.y, v.z, v.w}};
+}
+__device__ __forceinline__ void store_global16(void* p, Words v) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(v.word[0]),
+               "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3])
+               : "memory");
+}
 
 // A place in the block's shared memory; p[i] reads and writes, p + i moves.
 template <class T>
@@ -86,11 +93,14 @@ __device__ __forceinline__ Shared<T> shared_memory(int byte_offset) {
 }
 template <class T>
 __device__ __forceinline__ Words load_shared16(Shared<T> p) {
-  return *reinterpret_cast<const Words*>(p);
+  const uint4 v = *reinterpret_cast<const uint4*>(p);
+  return {{v.x, v.y, v.z, v.w}};
 }
 template <class T>
 __device__ __forceinline__ void store_shared16(Shared<T> p, Words v) {
-  *reinterpret_cast<Words*>(p) = v;
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(p))),
+               "r"(v.word[0]), "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3])
+               : "memory");
 }
 
 __device__ __forceinline__ void sync_threads() { __syncthreads(); }

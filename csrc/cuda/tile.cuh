@@ -13,8 +13,8 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kBlockC = 64;
 constexpr int kUnit = 8;
-constexpr int kSharedLimit =
-    101376;  // bytes per block that every GPU from sm_80 on has (sm_86, sm_89, sm_120: no more)
+// Bytes of shared memory per block that every GPU from sm_80 on has; sm_86, sm_89 and sm_120 have no more.
+constexpr int kSharedLimit = 101376;
 
 // One 16-byte word between rows: eight rows then lie in different banks (the widths in use are multiples of 16).
 template <class T>
