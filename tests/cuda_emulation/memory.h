@@ -21,19 +21,19 @@ int64_t running_thread_of_grid();
 
 class SharedMemory {
  public:
-  explicit SharedMemory(int bytes) : data_(static_cast<size_t>(bytes)), shadow_(data_.size()) {}
+  explicit SharedMemory(int bytes) : data_(static_cast<size_t>(bytes)), shadow_(data_.size() / kCell) {}
 
   void reset() {
     std::fill(data_.begin(), data_.end(), uint8_t{0xFF});  // NaN in every type
-    std::fill(shadow_.begin(), shadow_.end(), Byte{});
+    std::fill(shadow_.begin(), shadow_.end(), Cell{});
     interval_ = 1;
   }
   void next_interval() { ++interval_; }
 
   void read(int at, void* to, int bytes, int thread) {
     check(at, bytes, "reads");
-    for (int i = at; i < at + bytes; ++i) {
-      Byte& b = shadow_[static_cast<size_t>(i)];
+    for (int i = at / kCell; i < (at + bytes) / kCell; ++i) {
+      Cell& b = shadow_[static_cast<size_t>(i)];
       if (b.copying) complain(i, "is read while an asynchronous copy is on its way there");
       if (b.write_interval == 0) complain(i, "is read before anything is written there");
       if (b.write_interval == interval_ && b.writer != thread) complain(i, "is read without a barrier after a write");
@@ -49,42 +49,44 @@ class SharedMemory {
   // An asynchronous copy may land at any time between the two.
   void begin_copy(int at, int bytes, int thread) {
     claim(at, bytes, thread);
-    for (int i = at; i < at + bytes; ++i) shadow_[static_cast<size_t>(i)].copying = true;
+    for (int i = at / kCell; i < (at + bytes) / kCell; ++i) shadow_[static_cast<size_t>(i)].copying = true;
     std::memset(&data_[static_cast<size_t>(at)], 0xFF, static_cast<size_t>(bytes));
   }
   void end_copy(int at, const void* from, int bytes, int thread) {
-    for (int i = at; i < at + bytes; ++i) shadow_[static_cast<size_t>(i)].copying = false;
+    for (int i = at / kCell; i < (at + bytes) / kCell; ++i) shadow_[static_cast<size_t>(i)].copying = false;
     write(at, from, bytes, thread);
   }
 
  private:
   static constexpr int kSeveral = -1;
-  struct Byte {
+  static constexpr int kCell = 2;  // bytes of the smallest element that lies in shared memory
+  struct Cell {
     int write_interval = 0, read_interval = 0;  // 0: never
     int writer = 0, reader = 0;
     bool copying = false;
   };
   std::vector<uint8_t> data_;
-  std::vector<Byte> shadow_;
+  std::vector<Cell> shadow_;
   int interval_ = 1;
 
   void check(int at, int bytes, const char* verb) const {
     if (at < 0 || at + bytes > static_cast<int>(data_.size()))
       fail(std::string(verb) + " shared byte " + std::to_string(at) + " of " + std::to_string(data_.size()));
-    if (at % bytes != 0) fail(std::string(verb) + " shared byte " + std::to_string(at) + " unaligned");
+    if (at % bytes != 0 || bytes % kCell != 0)
+      fail(std::string(verb) + " shared byte " + std::to_string(at) + " unaligned");
   }
   void claim(int at, int bytes, int thread) {
     check(at, bytes, "writes");
-    for (int i = at; i < at + bytes; ++i) {
-      Byte& b = shadow_[static_cast<size_t>(i)];
+    for (int i = at / kCell; i < (at + bytes) / kCell; ++i) {
+      Cell& b = shadow_[static_cast<size_t>(i)];
       if (b.copying) complain(i, "is written while an asynchronous copy is on its way there");
       if (b.write_interval == interval_ && b.writer != thread) complain(i, "is written twice without a barrier");
       if (b.read_interval == interval_ && b.reader != thread) complain(i, "is written without a barrier after a read");
       b.write_interval = interval_, b.writer = thread;
     }
   }
-  [[noreturn]] static void complain(int byte, const char* what) {
-    fail("shared byte " + std::to_string(byte) + " " + what);
+  [[noreturn]] static void complain(int cell, const char* what) {
+    fail("shared byte " + std::to_string(cell * kCell) + " " + what);
   }
 };
 
