@@ -221,6 +221,61 @@ def test_gpu_repeats_to_the_bit(built):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("K", "N"), [(4096, 64), (64, 4096)])
+def test_gpu_beyond_2_to_31_elements(built, K, N):
+    """Only the last rows hold anything, and they lie beyond 2^31 elements: every output is known from them."""
+    M, live, R, p, seed = 2**31 // 4096 + 1024, 64, 8, 0.5, torch.tensor(9, device="cuda")
+    needed = 2 * M * (2 * K + 2 * N) + 2**32
+    if torch.cuda.mem_get_info()[0] < needed:
+        pytest.skip(f"needs {needed / 2**30:.0f} GiB of free GPU memory")
+    tail = make_inputs(live, K, N, R, torch.bfloat16, "cuda")
+    x, dy = (torch.zeros(M, size, dtype=torch.bfloat16, device="cuda") for size in (K, N))
+    x[-live:], dy[-live:] = tail["x"], tail["dy"]
+    weight, bias, A, B = (tail[name] for name in ("weight", "bias", "lora_A", "lora_B"))
+    y, xa = ops.forward_ops["cuda"](x, weight, bias, A, B, seed, 2.0, p, 0, "auto", None)
+    dx, dA, dB = ops.backward_ops["cuda"](
+        dy, x, weight, A, B, xa, seed, None, None, 2.0, p, 0, True, True, True, "auto", None
+    )
+
+    index = (M - live + torch.arange(live, device="cuda"))[:, None] * K + torch.arange(K, device="cuda")
+    group = index // 8
+    zero = torch.zeros_like(group)
+    words = torch.stack(rng.philox((group & 0xFFFFFFFF, group >> 32, zero, zero), (seed, torch.zeros_like(seed))))
+    keep = ((words.gather(0, (index % 8 // 2)[None])[0] >> 16 * (index % 2)) & 0xFFFF) >= rng.threshold(p)
+
+    def formula(dtype):
+        X, W, b, a, B_, DY = (t.to(dtype) for t in (tail["x"], weight, bias, A, B, tail["dy"]))
+        dropped = torch.where(keep, X, 0)
+        XA, G = (2.0 * rng.rescale(p)) * dropped @ a.t(), (2.0 * rng.rescale(p)) * DY @ B_
+        return X @ W.t() + b + XA @ B_.t(), torch.where(keep, G @ a, 0) + DY @ W, G.t() @ dropped, DY.t() @ XA
+
+    actual = y[-live:], dx[-live:], dA, dB
+    for got, want, exact in zip(actual, formula(torch.bfloat16), formula(torch.float64), strict=True):
+        testing.assert_close(got, want, exact, torch.bfloat16)
+    assert y[:-live].eq(bias).all()
+    assert dx[:-live].count_nonzero() == 0
+
+
+@pytest.mark.gpu
+def test_gpu_graph_reads_its_seed_on_the_device(built):
+    """The captured step draws a new mask whenever the seed tensor changes: nothing was read on the host."""
+    i = make_inputs(256, 512, 256, 16, torch.bfloat16, "cuda", bias=False)
+    seed, operands = torch.tensor(1, device="cuda"), [i[n] for n in ("x", "weight", "bias", "lora_A", "lora_B")]
+    forward = ops.forward_ops["cuda"]
+    want = {v: forward(*operands, torch.tensor(v, device="cuda"), 1.0, 0.5, 0, "auto", None) for v in (1, 2)}
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, xa = forward(*operands, seed, 1.0, 0.5, 0, "auto", None)
+    for value in (2, 1):
+        seed.fill_(value)
+        graph.replay()
+        assert torch.equal(y, want[value][0])
+        assert torch.equal(xa, want[value][1])
+    assert not torch.equal(want[1][1], want[2][1])
+
+
+@pytest.mark.gpu
 def test_gpu_key_lists(built):
     seed = torch.tensor(-5, device="cuda")
     index, rank = torch.ops.lorasp.dropkey_attention_keys_cuda(seed, 64, 16384, 0.1)
