@@ -1,6 +1,7 @@
 """Builds the CUDA kernels for the CPU and loads them: csrc/cuda/*.cuh over this directory's emulator, for ctypes."""
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import shutil
@@ -47,22 +48,28 @@ def load(name: str, *patches: tuple[str, str, str], torch_too: bool = False) -> 
     for source in sources:
         state.update(source.read_bytes())
     library = ROOT / "build" / "cuda_emulation" / f"{name}-{state.hexdigest()[:16]}.so"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            copy = Path(folder) / "csrc"
-            shutil.copytree(ROOT / "csrc", copy, ignore=shutil.ignore_patterns("cpu", "*.cpp"))
-            for file, text, replacement in patches:
-                content = (copy / "cuda" / file).read_text()
-                assert content.count(text) == 1, f"{file}: {text!r} occurs {content.count(text)} times"
-                (copy / "cuda" / file).write_text(content.replace(text, replacement))
-            built = Path(folder) / "library.so"
-            folders = [f"-I{copy / 'cuda'}", f"-I{HERE}"]
-            command = [found, *folders, str(HERE / f"{name}.cpp"), "-o", str(built), *flags]
-            result = subprocess.run(command, capture_output=True, text=True)
-            assert result.returncode == 0, result.stderr
-            built.replace(library)
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with (library.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # pytest's workers build each library once
+        if not library.exists():
+            build(found, flags, name, patches, library)
     return ctypes.CDLL(str(library))
+
+
+def build(compiler: str, flags: list[str], name: str, patches: tuple, library: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        copy = Path(folder) / "csrc"
+        shutil.copytree(ROOT / "csrc", copy, ignore=shutil.ignore_patterns("cpu", "*.cpp"))
+        for file, text, replacement in patches:
+            content = (copy / "cuda" / file).read_text()
+            assert content.count(text) == 1, f"{file}: {text!r} occurs {content.count(text)} times"
+            (copy / "cuda" / file).write_text(content.replace(text, replacement))
+        built = Path(folder) / "library.so"
+        folders = [f"-I{copy / 'cuda'}", f"-I{HERE}"]
+        command = [compiler, *folders, str(HERE / f"{name}.cpp"), "-o", str(built), *flags]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        built.replace(library)
 
 
 def call(function, *arguments) -> None:
