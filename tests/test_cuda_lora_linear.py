@@ -1,9 +1,11 @@
 """lora_linear in CUDA C++: every kernel executed on the CPU by the emulator, against fp64 by the rule."""
 
+import ctypes
 import itertools
 
 import pytest
 import torch
+from cuda_emulation.library import call, load, pointer
 from cuda_emulation.lora_linear import NO_DROPOUT, Dropout, Kernels
 
 from lorasp import rng
@@ -180,6 +182,32 @@ def test_masked_gradients_are_zero_even_from_nan(kernels):
     out = kernels.outer(x, g, True, mask, torch.float32)
     assert out[~mask].count_nonzero() == 0
     assert out[mask].isnan().all()
+
+
+@pytest.mark.parametrize("C", [61, 64])
+@pytest.mark.parametrize("rank_first", [True, False])
+def test_the_last_block_beyond_2_to_36_elements(rank_first, C):
+    """Only the last rows are computed, and every row of p and h is the same memory: offsets and counters in 64 bits."""
+    M, R, p, seed = 2**31 + 5, 3, 0.5, torch.tensor(9)
+    library = load("large")
+    x, h, out = (normal(*s, dtype=torch.bfloat16, seed=i) for i, s in enumerate(((1, C), (1, R), (5, C))))
+    q, start = factor(R, C, rank_first, torch.bfloat16), out.clone()
+    xa, parts = torch.full((5, R), torch.nan).bfloat16(), torch.full((R, C) if rank_first else (C, R), torch.nan)
+    call(
+        library.large, *map(pointer, (x, h, q)), ctypes.c_bool(rank_first), *map(ctypes.c_int64, (M, C, R)),
+        pointer(seed), ctypes.c_uint32(rng.threshold(p)), *map(pointer, (xa, out, parts)),
+    )  # fmt: skip
+
+    index = (M - 5 + torch.arange(5))[:, None] * C + torch.arange(C)
+    group = index // 8
+    zero = torch.zeros_like(group)
+    words = torch.stack(rng.philox((group & 0xFFFFFFFF, group >> 32, zero, zero), (seed, torch.tensor(0))))
+    keep = ((words.gather(0, (index % 8 // 2)[None])[0] >> 16 * (index % 2)) & 0xFFFF) >= rng.threshold(p)
+    right = q.t() if rank_first else q
+    check(xa, lambda x, q: torch.where(keep, x, 0) @ q, (x, right), torch.bfloat16, "project")
+    check(out, lambda h, q, out: out + torch.where(keep, h @ q.t(), 0), (h, right, start), torch.bfloat16, "accumulate")
+    outer = lambda x, h: h.expand(5, R).t() @ torch.where(keep, x, 0)  # noqa: E731
+    check(parts if rank_first else parts.t(), outer, (x, h), torch.bfloat16, "outer")
 
 
 def test_one_pass_over_dy_is_a_matter_of_bytes(kernels):

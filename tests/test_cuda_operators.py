@@ -108,14 +108,12 @@ def test_autocast_and_grad_mode_stay_outside(emulated):
 def test_opcheck(emulated, p):
     i = make_inputs(6, 16, 12, 4, torch.float32)
     seed = torch.tensor(3) if p else None
-    # The emulator's kernels are no graph's: its fibers would run under AOT dispatch's fake tensors.
-    tests = ("test_schema", "test_faketensor")
     forward = (*(i[name] for name in ("x", "weight", "bias", "lora_A", "lora_B")), seed, 0.5, p, 0, "auto", None)
-    torch.library.opcheck(ops.forward_ops["cuda"], forward, test_utils=tests)
+    torch.library.opcheck(ops.forward_ops["cuda"], forward)
     _, xa = ops.forward_ops["cuda"](*forward)
     backward = (i["dy"], i["x"], i["weight"], i["lora_A"], i["lora_B"], xa, seed, None, None, 0.5, p, 0, True, True,
                 True, "auto", None)  # fmt: skip
-    torch.library.opcheck(ops.backward_ops["cuda"], backward, test_utils=tests)
+    torch.library.opcheck(ops.backward_ops["cuda"], backward)
 
 
 @pytest.mark.parametrize("rows", [0, 3])
@@ -177,6 +175,9 @@ def test_absence_is_explained(monkeypatch):
     monkeypatch.setattr(registry, "_cuda_missing", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert registry.available_backends()["cuda"] == "no CUDA device"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert registry.available_backends()["cuda"] == "needs compute capability 8.0, got 7.5"
     assert registry.unsupported("cuda", "cpu", torch.float32) == "cuda runs on cuda, not on cpu"
     assert registry.unsupported("cuda", "cuda", torch.float64) == "cuda does not compute in torch.float64"
 

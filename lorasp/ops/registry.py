@@ -61,10 +61,18 @@ def _triton_missing() -> str | None:
     return "no GPU (set TRITON_INTERPRET=1 to run the kernels on CPU tensors, slowly)"
 
 
+def _cuda_obstacle() -> str | None:
+    if _cuda_missing is not None:
+        return _cuda_missing
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    capability = torch.cuda.get_device_capability()
+    return None if capability >= (8, 0) else "needs compute capability 8.0, got {}.{}".format(*capability)
+
+
 def available_backends() -> dict[str, str | None]:
     """Backend name -> None where it can run on this machine, else the reason why not."""
-    cuda = _cuda_missing or (None if torch.cuda.is_available() else "no CUDA device")
-    return {"reference": None, "cpp": _cpp_missing, "triton": _triton_missing(), "cuda": cuda}
+    return {"reference": None, "cpp": _cpp_missing, "triton": _triton_missing(), "cuda": _cuda_obstacle()}
 
 
 @contextlib.contextmanager

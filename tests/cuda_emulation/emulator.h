@@ -202,14 +202,23 @@ inline std::vector<int> order_of(int count) {
   return order;
 }
 
+// Where a grid is too large to run whole: the last block alone.
+inline bool& last_block_only() {
+  static bool only = false;
+  return only;
+}
+
 inline void run_grid(int64_t x, int64_t y, int64_t z, int threads, int shared_bytes,
                      const std::function<void()>& body) {
   GlobalMemory::instance().begin_launch();
   Block block(threads, shared_bytes);
   const std::vector<int> order = order_of(threads);
-  for (int b : order_of(static_cast<int>(x * y * z)))
+  const auto run = [&](int64_t b) {
     block.run({static_cast<unsigned>(b % x), static_cast<unsigned>(b / x % y), static_cast<unsigned>(b / x / y)}, body,
               order);
+  };
+  if (last_block_only()) return run(x * y * z - 1);
+  for (int b : order_of(static_cast<int>(x * y * z))) run(b);
 }
 
 }  // namespace emulation

@@ -14,8 +14,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-FLAGS = ("-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror",
-         "-Wno-unknown-pragmas")  # fmt: skip
+FLAGS = ("-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-shared", "-fPIC")
 TORCH = Path(torch.__file__).parent
 TORCH_FLAGS = (f"-isystem{TORCH / 'include'}", f"-L{TORCH / 'lib'}", "-ltorch_cpu")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
