@@ -34,8 +34,10 @@ bool prefers_onednn(const at::Tensor& x) {
   return foreign && x.scalar_type() == at::kFloat && x.size(0) > 1 && onednn_linear();
 }
 
+// oneDNN reads a strided bias as if it were contiguous (seen with torch 2.13).
 at::Tensor onednn(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
-  return onednn_linear()->call(x, weight, bias, "none", c10::List<std::optional<at::Scalar>>(), "");
+  const std::optional<at::Tensor> dense = bias ? std::optional(bias->contiguous()) : std::nullopt;
+  return onednn_linear()->call(x, weight, dense, "none", c10::List<std::optional<at::Scalar>>(), "");
 }
 
 // oneDNN multiplies halves in pairs, on AMX in tiles of 32: of a strided row of another length it also reads what is

@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kThreads) lora_linear_accumulate_kernel(const 
   constexpr int kUnits = kBlockC / kUnit, kUnitsPerThread = kBlockM * kUnits / kThreads;
   static_assert(kUnitsPerThread * kUnit <= 32);  // keep bits of a thread's units in one word
   constexpr int kCopy = 16 / static_cast<int>(sizeof(T)), kCopies = kUnit / kCopy;
-  [[maybe_unused]] constexpr int kUnroll = sizeof(T) == 4 ? 1 : kRank / P::kK;  // more spills in fp32
+  [[maybe_unused]] constexpr int kUnroll = sizeof(T) == 4 ? 1 : kRank / P::kK;  // unrolled further, fp32 spills
   const int warp = threadIdx.x / 32;
   const int64_t M = args.out.rows, C = args.out.cols, R = args.h.cols;
   const int64_t col_blocks = ceil_div(C, kBlockC);

@@ -1,5 +1,9 @@
 // Which kernels run for which product, on which grid: the launch side of lora_linear without torch. Every sum that is
 // split over blocks leaves fp32 partials in `workspace`, which the caller provides, and is finished by the reduction.
+//
+// Together, beside the frozen GEMMs of 348 us each way at M = 8192, K = N = 4096, R = 16 in bf16 on 132 multiprocessors
+// and 4.3 TB/s [calc]: forward 17.6 + 31 us, 14 %; backward 23.4 + 16.6 + 31 us, 20 % (A frozen: 23.4 + 31, 16 %). What
+// the accumulation moves is what a GEMM that takes the rank-R product into its own accumulator (plan fused) saves.
 #pragma once
 #include <type_traits>
 

@@ -77,7 +77,7 @@ __device__ inline uint32_t keep_bits(const KeepMask& keep, uint64_t start) {
 }
 
 // Zeroes this thread's dropped elements (NaN too) of a tile that load_tile filled and whose copies it waited for.
-// columns: of the mask's logical shape.
+// columns: of the mask's logical shape. One Philox call per unit where `columns` is a multiple of kUnit, else two.
 template <int kRows, int kCols, class T>
 __device__ void drop_tile(Shared<T> tile, const KeepMask& keep, int64_t row, int64_t col, int64_t columns) {
   constexpr int kUnits = kCols / kUnit, kStride = tile_stride<T>(kCols), kCopy = 16 / static_cast<int>(sizeof(T));
