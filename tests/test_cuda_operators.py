@@ -165,6 +165,7 @@ def test_other_plans_and_operators_are_refused(emulated):
 
 
 def test_auto_takes_cuda_where_triton_is_not_installed(emulated, monkeypatch):
+    monkeypatch.setattr(registry, "_triton_installed", True)
     assert registry.choose("lora_linear", "cuda", torch.bfloat16) == "triton"
     monkeypatch.setattr(registry, "_triton_installed", False)
     assert registry.choose("lora_linear", "cuda", torch.bfloat16) == "cuda"

@@ -13,7 +13,7 @@ class DeviceScope {
 
   explicit DeviceScope(const Tensor& t) : guard_(t.get_device_index()) {
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
     device_.stream = static_cast<cudaStream_t>(stream);
     check_launch(cudaDeviceGetAttribute(&device_.sm_count, cudaDevAttrMultiProcessorCount, t.get_device_index()),
                  "multiprocessor count");
