@@ -1,6 +1,7 @@
 // What every CUDA operator's entry point does with its tensors, on torch's stable ABI: checks them, brings them into
 // the compute dtype, finds device and stream. Built for torch 2.11 and later by one set of sources.
 #pragma once
+// Names that 2.11 has: its error check is TORCH_ERROR_CODE_CHECK, the STABLE_ one is newer.
 #define TORCH_TARGET_VERSION ((2ULL << 56) | (11ULL << 48))
 #if defined(__CUDACC__) && !defined(USE_CUDA)
 #define USE_CUDA  // declares the stable ABI's CUDA functions
