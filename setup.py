@@ -26,17 +26,19 @@ def extensions():
     sources = sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp"))
     # -fopenmp at compile time only: the runtime must be the one libtorch_cpu already loads.
     flags = {"cxx": ["-O3", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall"]}
-    kind = cpp_extension.CppExtension
+    kind, macros = cpp_extension.CppExtension, []
     # CUDA sources are compiled where nvcc and a CUDA build of torch meet, whether or not a GPU is present.
     cuda_sources = sorted(glob("csrc/cuda/*.cu"))
     if cuda_sources and cpp_extension.CUDA_HOME and torch.version.cuda:
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0a;10.0;12.0+PTX")
-        kind, sources = cpp_extension.CUDAExtension, sources + cuda_sources
-        flags["nvcc"] = ["-O3", "--use_fast_math"]
+        newer = ";10.0;12.0" if tuple(map(int, torch.version.cuda.split(".")[:2])) >= (12, 8) else ""
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", f"8.0;9.0{newer}+PTX")
+        kind, macros, sources = cpp_extension.CUDAExtension, [("LORASP_CUDA", None)], sources + cuda_sources
+        flags["nvcc"] = ["-O3"]
     extension = kind(
         "lorasp._C",
         sources,
         include_dirs=[os.path.join(os.path.dirname(os.path.abspath(__file__)), "csrc")],
+        define_macros=macros,
         extra_compile_args=flags,
     )
     return [extension], {"build_ext": cpp_extension.BuildExtension}

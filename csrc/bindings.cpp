@@ -38,7 +38,11 @@ py::dict build_info() {
   info["flags"] = LORASP_CXX_FLAGS;
 #endif
   info["isas"] = lorasp::compiled_isas();
+#if defined(LORASP_CUDA)
+  info["cuda"] = true;
+#else
   info["cuda"] = false;
+#endif
   return info;
 }
 

@@ -5,6 +5,12 @@
 #pragma once
 #include <cstdint>
 
+#if defined(__CUDACC__)
+#define LORASP_HOST_DEVICE __host__ __device__
+#else
+#define LORASP_HOST_DEVICE
+#endif
+
 namespace lorasp {
 
 constexpr int kPhiloxRounds = 7;
@@ -22,7 +28,8 @@ struct PhiloxWords {
   uint32_t word[4];
 };
 
-constexpr PhiloxWords philox4x32_7(uint64_t counter, uint32_t purpose, uint32_t member, uint64_t seed) {
+LORASP_HOST_DEVICE constexpr PhiloxWords philox4x32_7(uint64_t counter, uint32_t purpose, uint32_t member,
+                                                      uint64_t seed) {
   uint32_t c0 = static_cast<uint32_t>(counter), c1 = static_cast<uint32_t>(counter >> 32), c2 = purpose, c3 = member;
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < kPhiloxRounds; ++round) {
@@ -38,7 +45,7 @@ constexpr PhiloxWords philox4x32_7(uint64_t counter, uint32_t purpose, uint32_t 
 }
 
 // The keep bits of elements 8 * counter ... 8 * counter + 7.
-constexpr uint8_t keep_byte(const KeepMask& mask, uint64_t counter) {
+LORASP_HOST_DEVICE constexpr uint8_t keep_byte(const KeepMask& mask, uint64_t counter) {
   const PhiloxWords r = philox4x32_7(counter, mask.purpose, mask.member, mask.seed);
   uint8_t byte = 0;
   for (int half = 0; half < 8; ++half) {

@@ -10,8 +10,8 @@ import torch
 
 
 def pytest_collection_modifyitems(items):
-    # Whole sessions of their own in one test: begun last, they would leave the other worker without work.
-    items.sort(key=lambda item: "test_interpreted" not in item.name)
+    # Whole sessions or compilers in one test: begun last, they would leave the other worker without work.
+    items.sort(key=lambda item: not item.name.startswith(("test_interpreted", "test_nvcc")))
     if torch.cuda.is_available():
         return
     for item in items:

@@ -241,7 +241,7 @@ def test_checkpointing_redraws_the_same_mask():
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "triton", "cuda"])
 def test_fake_cuda_metadata(backend):
     with torch._subclasses.FakeTensorMode():
         empty = lambda *shape, dtype=torch.bfloat16: torch.empty(shape, device="cuda", dtype=dtype)  # noqa: E731

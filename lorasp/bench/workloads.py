@@ -35,7 +35,8 @@ def default_providers(
     shared adds +shared."""
     adapters = ["peft", "peft-half", "peft-half-compile", "lorasp", *["lorasp+shared"] * shared]
     if device.type == "cuda":
-        adapters += [f"lorasp:triton:{plan}" for plan in testing.lora_linear.backend_plans("triton")]
+        plans = testing.lora_linear.backend_plans
+        adapters += [f"lorasp:{backend}:{plan}" for backend in ("triton", "cuda") for plan in plans(backend)]
     adapters += ["lorasp+prepack"] * prepack
     adapters += ["lorasp+sp+shared" if shared else "lorasp+sp"] * (not freeze_A)
     trained = [Provider.parse(name) for name in adapters]

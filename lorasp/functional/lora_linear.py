@@ -85,9 +85,11 @@ def lora_linear(
     dropping = check_dropout("lora_linear", dropout_p)
     if plan not in registry.PLANS:
         raise ValueError(f"lora_linear: plan must be one of {', '.join(registry.PLANS)}, got {plan!r}")
+    backend, plan = registry.choose("lora_linear", device.type, dtype), registry.choose_plan(plan)
+    if backend == "cuda" and plan not in ("auto", "addmm"):
+        raise ValueError(f"lora_linear: plan must be auto or addmm for backend cuda, got {plan!r}")
     return LoRALinearFunction.apply(
         x, weight, bias, factor(lora_A, dtype), factor(lora_B, dtype), mask_A, mask_B,
         seed_tensor("lora_linear", seed, device) if dropping else None, *(packed or (None, None)), float(scale),
-        float(dropout_p) if dropping else 0.0, 0, dtype, registry.choose("lora_linear", device.type, dtype),
-        registry.choose_plan(plan),
+        float(dropout_p) if dropping else 0.0, 0, dtype, backend, plan,
     )  # fmt: skip

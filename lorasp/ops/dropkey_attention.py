@@ -70,6 +70,11 @@ def _backward_triton(do, q, *rest):
         return kernels.backward(do, q, *rest)
 
 
+# index (rows, keys) and rank (rows, keys + 1), int32, of pattern "column": rank counts the kept keys before each key,
+# index holds the kept keys in order and behind them the dropped ones, from the back.
+registry.define(
+    "dropkey_attention_keys_cuda(Tensor seed, int rows, int keys, float dropout_p) -> (Tensor index, Tensor rank)"
+)
 forward_ops = registry.declare(
     "dropkey_attention_fwd", FORWARD_SCHEMA, _forward_fake,
     {"reference": _forward_reference, "triton": _forward_triton},

@@ -20,7 +20,9 @@ PLANS = ("auto", "addmm", "fused", "onepass")
 _library = torch.library.Library("lorasp", "FRAGMENT")
 _HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
-_compiled: set[str] = set()  # names of the operators that the built extension implements
+# Names of the operators that the built extension implements, by compiled backend.
+_compiled: dict[str, set[str]] = {"cpp": set(), "cuda": set()}
+_DISPATCH_KEYS = {"cpp": "CPU", "cuda": "CUDA"}
 
 # Plain module globals: dynamo guards them, while a ContextVar breaks fullgraph.
 _forced_backend: str | None = None
@@ -44,7 +46,9 @@ def _load_extension() -> str | None:
 
 
 _cpp_missing = _load_extension()
-_cuda_missing = "not built: lorasp has no CUDA C++ kernels yet"
+_cuda_missing = _cpp_missing
+if _cuda_missing is None and not importlib.import_module("lorasp._C").build_info()["cuda"]:
+    _cuda_missing = "not built: the extension was compiled without nvcc or for a torch without CUDA"
 _triton_installed = importlib.util.find_spec("triton") is not None
 _triton_interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
@@ -57,9 +61,18 @@ def _triton_missing() -> str | None:
     return "no GPU (set TRITON_INTERPRET=1 to run the kernels on CPU tensors, slowly)"
 
 
+def _cuda_obstacle() -> str | None:
+    if _cuda_missing is not None:
+        return _cuda_missing
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    capability = torch.cuda.get_device_capability()
+    return None if capability >= (8, 0) else "needs compute capability 8.0, got {}.{}".format(*capability)
+
+
 def available_backends() -> dict[str, str | None]:
     """Backend name -> None where it can run on this machine, else the reason why not."""
-    return {"reference": None, "cpp": _cpp_missing, "triton": _triton_missing(), "cuda": _cuda_missing}
+    return {"reference": None, "cpp": _cpp_missing, "triton": _triton_missing(), "cuda": _cuda_obstacle()}
 
 
 @contextlib.contextmanager
@@ -99,7 +112,7 @@ def unsupported(backend: str, device_type: str, dtype: torch.dtype) -> str | Non
     if backend == "cpp":
         return _cpp_missing or (None if device_type == "cpu" else f"cpp runs on cpu, not on {device_type}")
     if backend == "cuda":
-        return _cuda_missing
+        return _cuda_missing or (None if device_type == "cuda" else f"cuda runs on cuda, not on {device_type}")
     if not _triton_installed:
         return "triton is not installed"
     if device_type == "cpu":
@@ -116,19 +129,25 @@ def choose(operator: str, device_type: str, dtype: torch.dtype) -> str:
     """
     if _forced_backend is not None:
         reason = unsupported(_forced_backend, device_type, dtype)
+        if reason is None and _forced_backend == "cuda" and not _is_compiled(operator, "cuda"):
+            reason = "cuda has no kernels for this operator"
         if reason is not None:
             raise ValueError(f"{operator}: the forced backend cannot serve this call: {reason}")
         _check_not_stale(operator, _forced_backend)
         return _forced_backend
-    best = {"cpu": "cpp", "cuda": "triton"}.get(device_type, "reference")
-    if unsupported(best, device_type, dtype) is not None:
+    best = {"cpu": "cpp", "cuda": "triton" if _triton_installed else "cuda"}.get(device_type, "reference")
+    if unsupported(best, device_type, dtype) is not None or (best == "cuda" and not _is_compiled(operator, best)):
         return "reference"
     _check_not_stale(operator, best)
     return best
 
 
+def _is_compiled(operator: str, backend: str) -> bool:
+    return bool({operator, f"{operator}_fwd"} & _compiled[backend])
+
+
 def _check_not_stale(operator: str, backend: str) -> None:
-    if backend == "cpp" and not {operator, f"{operator}_fwd"} & _compiled:
+    if backend == "cpp" and not _is_compiled(operator, backend):
         raise RuntimeError(
             f"{operator}: the built C++ extension is older than this package and lacks the operator; build it again "
             "with `pip install --no-build-isolation --force-reinstall --no-deps lorasp`"
@@ -152,13 +171,15 @@ def declare(name: str, schema: str, fake: Callable, implementations: dict[str, C
     compiled backend registers its own kernels for the same schema).
     """
     ops = {}
-    for backend in ("reference", "cpp", "triton"):
+    for backend in BACKENDS:
         qualified = f"{name}_{backend}"
         _library.define(f"{qualified}{schema}")
         torch.library.register_fake(f"lorasp::{qualified}", fake, lib=_library)
         if backend in implementations:
             _library.impl(qualified, implementations[backend], "CompositeExplicitAutograd")
-        elif backend == "cpp" and torch._C._dispatch_has_kernel_for_dispatch_key(f"lorasp::{qualified}", "CPU"):
-            _compiled.add(name)
+        elif backend in _compiled and torch._C._dispatch_has_kernel_for_dispatch_key(
+            f"lorasp::{qualified}", _DISPATCH_KEYS[backend]
+        ):
+            _compiled[backend].add(name)
         ops[backend] = getattr(torch.ops.lorasp, qualified).default
     return ops

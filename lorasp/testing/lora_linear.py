@@ -137,7 +137,7 @@ def cases(shapes: Iterable[tuple[int, int, int, int]], dtypes: Iterable[torch.dt
 
 def backend_plans(backend: str) -> tuple[str, ...]:
     """The plans a backend knows."""
-    return {"reference": ("auto",), "cpp": ("addmm", "fused"), "auto": ("auto",)}.get(
+    return {"reference": ("auto",), "cpp": ("addmm", "fused"), "cuda": ("addmm",), "auto": ("auto",)}.get(
         backend, ("addmm", "fused", "onepass")
     )
 

@@ -1,0 +1,13 @@
+#include <stdexcept>
+#include <string>
+
+#include "primitives.cuh"
+
+namespace lorasp::cuda {
+
+void check_launch(cudaError_t status, const char* what) {
+  if (status != cudaSuccess)
+    throw std::runtime_error(std::string("lorasp: CUDA refuses (") + what + "): " + cudaGetErrorString(status));
+}
+
+}  // namespace lorasp::cuda

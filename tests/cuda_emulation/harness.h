@@ -1,0 +1,23 @@
+// What every emulated function for ctypes does: errors become text, memory is the kernels' only as far as it is given.
+#pragma once
+#include "emulator.h"
+
+// Lets the kernels of this call read (and, once per launch, write) these bytes.
+inline void provide(const void* data, int64_t bytes, bool writable) {
+  emulation::GlobalMemory::instance().add(data, bytes, writable);
+}
+
+// nullptr, or what went wrong.
+inline const char* emulated(const std::function<void()>& call) {
+  static std::string message;
+  emulation::GlobalMemory::instance().forget();
+  try {
+    call();
+    return nullptr;
+  } catch (const std::exception& error) {
+    message = error.what();
+    return message.c_str();
+  }
+}
+
+extern "C" inline void __attribute__((used)) emulated_set_order(uint64_t seed) { emulation::order_seed() = seed; }

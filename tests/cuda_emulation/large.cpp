@@ -1,0 +1,28 @@
+// The kernels of lora_linear on matrices too large to hold: one row stands for all rows of p and h (stride 0), only the
+// last block runs, and what it writes lies where the last rows of the result would.
+#include "harness.h"
+#include "lora_linear_launch.cuh"
+
+using namespace lorasp::cuda;
+
+// Of the rows from the last multiple of 1024 on, for C <= kBlockC: xa = (keep o p) q, out += keep o (h q),
+// parts = (keep o p)^T h.
+extern "C" const char* large(const bf16* p, const bf16* h, const bf16* q, bool rank_first, int64_t M, int64_t C,
+                             int64_t R, const int64_t* seed, uint32_t threshold, bf16* xa, bf16* out, float* parts) {
+  return emulated([&] {
+    emulation::GlobalMemory::instance().open();
+    emulation::last_block_only() = true;
+    const Device device{1, nullptr};
+    const Dropout dropout{{0, 0, 0, threshold}, seed};
+    const bool aligned = C % 8 == 0;
+    const int64_t first = M / 1024 * 1024, part = int64_t{1} << 30;
+    const Matrix<const bf16> rows_p{p, M, C, 0, aligned}, rows_h{h, M, R, 0, false};
+    const Matrix<const bf16> factor{q, rank_first ? R : C, rank_first ? C : R, rank_first ? C : R,
+                                    rank_first && aligned};
+    project<bf16>(device, rows_p, factor, rank_first, R, 1.0f, dropout, xa - first * R, nullptr);
+    accumulate<bf16>(device, rows_h, factor, rank_first, dropout, nullptr, {out - first * C, M, C, C, aligned});
+    launch(lora_linear_outer_kernel<bf16, 16>, {1, ceil_div(M, part)}, kThreads, OuterTiles<bf16, 16>::kSharedBytes,
+           nullptr, OuterArgs<bf16>{rows_p, rows_h, rank_first, part, dropout.keep, seed, parts - M / part * R * C});
+    emulation::last_block_only() = false;
+  });
+}

@@ -1,0 +1,138 @@
+"""Every CUDA source compiled by nvcc, without a GPU, for every architecture it is meant for: what ptxas says of it."""
+
+import ctypes
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+CUDA = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
+SOURCES = sorted(file.name for file in CUDA.glob("*.cu"))
+ARCHITECTURES = (80, 90, 100, 120)
+TORCH = Path(torch.__file__).parent
+REGISTERS_PER_BLOCK = 65536  # of every architecture, "Technical Specifications per Compute Capability"
+THREADS = 256  # kThreads
+BLOCKS_PER_MULTIPROCESSOR = 2  # what split_sum counts on
+
+KERNELS = {
+    "dropkey_attention.cu": {"dropkey_attention_keys_kernel"},
+    "launch.cu": set(),
+    "lora_linear.cu": {
+        "lora_linear_accumulate_kernel", "lora_linear_outer_kernel", "lora_linear_project_kernel",
+        "lora_linear_reduce_kernel",
+    },
+}  # fmt: skip
+
+
+def find_nvcc():
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
+    return next(filter(None, (shutil.which("nvcc", path=f"{home}/bin") for home in homes)), shutil.which("nvcc"))
+
+
+NVCC = find_nvcc()
+if NVCC is None:
+    pytest.skip("nvcc is not on the path and CUDA_HOME is not set", allow_module_level=True)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    name: str
+    arch: int
+    stack: int
+    spilled: int
+    registers: int
+    static_shared: int
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_nvcc_compiles(source, tmp_path):
+    """One run of nvcc for all architectures against this torch's headers; warnings are errors."""
+    known = subprocess.run([NVCC, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    missing = [f"sm_{arch}" for arch in ARCHITECTURES if f"sm_{arch}" not in known]
+    if missing:
+        pytest.skip(f"this nvcc does not know {', '.join(missing)}")
+    built = tmp_path / f"{source}.o"
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
+    command = [
+        NVCC, "-std=c++17", "-O3", "-Werror", "all-warnings", "-isystem", TORCH / "include", *targets, "-Xptxas", "-v",
+        "-Xcompiler", "-fPIC", "-c", CUDA / source, "-o", built,
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    found = list(kernels(result.stdout + result.stderr))
+    for arch in ARCHITECTURES:
+        assert {kernel.name for kernel in found if kernel.arch == arch} == KERNELS[source]
+    for kernel in found:
+        assert_resources_suffice(kernel)
+    assert_asks_only_for_the_stable_abi(built)
+    if source == "lora_linear.cu":
+        assert_uses_tensor_cores_and_wide_accesses(built)
+
+
+def kernels(log):
+    """What `ptxas -v` says, one block of lines per kernel and architecture."""
+    for block in log.split("Compiling entry function ")[1:]:
+        mangled, arch = re.match(r"'(\w+)' for 'sm_(\d+)\w*'", block).groups()
+        stack, stores, loads = re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", block
+        ).groups()
+        used = re.search(r"Used (\d+) registers(.*)", block)
+        shared = re.search(r"(\d+) bytes smem", used[2])
+        name = re.search(r"\d+([a-z][a-z_]*_kernel)", mangled)[1]
+        yield Kernel(
+            name, int(arch), int(stack), int(stores) + int(loads), int(used[1]), int(shared[1]) if shared else 0
+        )
+
+
+def assert_resources_suffice(kernel):
+    """No spills, two blocks per multiprocessor. Dynamic shared memory, all there is, is asserted by kSharedLimit."""
+    assert (kernel.stack, kernel.spilled, kernel.static_shared) == (0, 0, 0), kernel
+    assert kernel.registers * THREADS * BLOCKS_PER_MULTIPROCESSOR <= REGISTERS_PER_BLOCK, kernel
+
+
+def test_shared_memory_is_below_every_architecture_s_limit():
+    tiles = (CUDA / "tile.cuh").read_text()
+    limit = int(re.search(r"constexpr int kSharedLimit = (\d+);", tiles)[1])
+    assert limit == 101376  # sm_120's, the smallest
+    for file in CUDA.glob("*.cuh"):
+        text = file.read_text()
+        assert text.count("static constexpr int kSharedBytes") == text.count(
+            "static_assert(kSharedBytes <= kSharedLimit)"
+        )
+
+
+def assert_asks_only_for_the_stable_abi(built):
+    """No C++ symbol of torch: what is built for one torch loads in the next. Its C functions exist in this torch."""
+    listing = subprocess.run(["nm", "-u", built], capture_output=True, text=True, check=True).stdout
+    symbols = {line.split()[-1] for line in listing.splitlines() if line.strip()}
+    assert not [name for name in symbols if re.match(r"_ZN?K?(2at|3c10|5torch)", name)]
+    library = ctypes.CDLL(str(TORCH / "lib" / "libtorch_cpu.so"))
+    needed = {name for name in symbols if re.match(r"(aoti_)?torch_", name)}
+    only_in_cuda_builds = {"aoti_torch_get_current_cuda_stream"}
+    assert not [name for name in needed - only_in_cuda_builds if not hasattr(library, name)]
+
+
+def assert_uses_tensor_cores_and_wide_accesses(built):
+    """In the machine code of sm_90: HMMA (mma.sync), LDSM (ldmatrix), LDGSTS (cp.async), 16-byte accesses."""
+    triton = importlib.util.find_spec("triton")
+    tool = triton and Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tool = tool if tool and tool.exists() else shutil.which("cuobjdump")
+    if tool is None:
+        return  # neither triton nor the toolkit has brought cuobjdump
+    sass = subprocess.run([tool, "-sass", "-arch", "sm_90", built], capture_output=True, text=True, check=True).stdout
+    for code in sass.split("Function : ")[1:]:
+        name = code.split()[0]
+        half = "bf16" in name or "3f16" in name
+        if "reduce" in name:
+            continue
+        assert ("HMMA" in code, "LDSM" in code) == (half, half), name
+        assert "LDGSTS.E.BYPASS.128" in code, name
+        if "accumulate" in name:
+            assert "LDG.E.128" in code, name
+            assert "STG.E.128" in code, name
