@@ -1,8 +1,8 @@
 """lorasp: fused LoRA kernels for PyTorch, with a pure-PyTorch reference behind every operator."""
 
-from lorasp.adapters import delete_adapter, disable_adapter, merge, set_adapter, unload, unmerge
-from lorasp.checkpoint import load_adapter, save_adapter
+from lorasp.adapter.partial import resample, select
 from lorasp.config import HiddenKeyConfig, LoRAConfig, PartialConfig
+from lorasp.files.checkpoint import load_adapter, save_adapter
 from lorasp.functional import (
     PackedWeight,
     Partial,
@@ -15,19 +15,19 @@ from lorasp.functional import (
     lora_update,
     pack_weight,
 )
-from lorasp.inject import InjectReport, inject
 from lorasp.integrations.hiddenkey import HiddenKeyResult, hiddenkey_step
 from lorasp.integrations.peft import AccelerateReport, accelerate, restore
 from lorasp.integrations.transformers import HiddenKeyReport, apply_hiddenkey, remove_hiddenkey
-from lorasp.model_mlps import RecomputeReport, recompute_mlp, undo_recompute_mlp
-from lorasp.nn import LoRALinear
+from lorasp.layers.lora_linear import LoRALinear
+from lorasp.layers.quantized import frozen_base
+from lorasp.layers.quantized_linear import QuantizedLoRALinear, quantized_lora_linear
+from lorasp.layers.shared_input import SharedInput
+from lorasp.models.adapters import delete_adapter, disable_adapter, merge, set_adapter, unload, unmerge
+from lorasp.models.inject import InjectReport, inject
+from lorasp.models.mlps import RecomputeReport, recompute_mlp, undo_recompute_mlp
+from lorasp.models.processes import check_processes
 from lorasp.ops.registry import available_backends, use_backend
 from lorasp.optim import LoRAFAAdamW, PartialAdamW
-from lorasp.partial import resample, select
-from lorasp.processes import check_processes
-from lorasp.quantized import frozen_base
-from lorasp.quantized_linear import QuantizedLoRALinear, quantized_lora_linear
-from lorasp.shared_input import SharedInput
 
 __version__ = "0.1.0"
 

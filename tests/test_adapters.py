@@ -9,7 +9,7 @@ from torch import nn
 
 import lorasp
 from lorasp import LoRAConfig, LoRALinear, PartialConfig, inject, testing
-from lorasp.adapted_model import adapted_layers
+from lorasp.models.adapted import adapted_layers
 
 IN, OUT = 12, 20
 

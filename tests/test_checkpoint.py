@@ -12,8 +12,8 @@ from tiny_model import TOKENS, WIDTH, Model
 from torch import nn
 
 from lorasp import LoRAConfig, inject, load_adapter, save_adapter
-from lorasp.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from lorasp.config import ALL_LINEAR
+from lorasp.files.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 
 PREFIX = "base_model.model."
 

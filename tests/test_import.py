@@ -10,52 +10,23 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1]
-# fmt: off
 ALLOWED = {
     "lorasp/rng.py": set(),
     "lorasp/config.py": set(),
     "lorasp/memory.py": set(),
+    "lorasp/sharding.py": set(),
     "lorasp/reference": {"reference", "rng"},
     "lorasp/ops": {"ops", "reference", "triton_kernels"},
     "lorasp/functional": {"functional", "ops", "rng"},
-    "lorasp/sharding.py": set(),
-    "lorasp/adapter.py": {"sharding"},
-    "lorasp/selection.py": {"config", "rng"},
-    "lorasp/partial_adapter.py": {"adapter", "config", "selection", "sharding"},
-    "lorasp/partial.py": {"adapter", "config", "partial_adapter", "selection"},
-    "lorasp/optim": {"adapter", "ops", "optim", "partial_adapter", "sharding"},
-    "lorasp/shared_input.py": {"functional"},
-    "lorasp/adapted.py": {"adapter", "config", "partial", "partial_adapter", "sharding"},
-    "lorasp/nn.py": {"adapted", "config", "functional", "shared_input", "sharding"},
-    "lorasp/quantized.py": set(),
-    "lorasp/quantized_linear.py": {"adapter", "config", "functional", "nn", "ops", "quantized"},
-    "lorasp/whole_tensors.py": {"sharding"},
-    "lorasp/model_inputs.py": {"config"},
-    "lorasp/adapted_model.py": {"config", "nn"},
-    "lorasp/injection_plan.py": {
-        "adapted", "adapted_model", "adapter", "config", "model_inputs", "model_mlps", "nn", "partial_adapter",
-        "quantized", "quantized_linear", "sharding",
-    },
-    "lorasp/inject.py": {
-        "adapted_model", "config", "injection_plan", "model_mlps", "nn", "quantized", "shared_input", "whole_tensors",
-    },
-    "lorasp/adapters.py": {"adapted_model", "injection_plan", "nn", "quantized_linear", "whole_tensors"},
-    "lorasp/processes.py": {"adapted_model", "adapter", "sharding"},
-    "lorasp/recompute.py": set(),
-    "lorasp/model_mlps.py": {"nn", "recompute"},
-    "lorasp/stored_selection.py": {"adapter", "config", "partial_adapter", "selection"},
-    "lorasp/adapter_files.py": {"adapter", "config", "stored_selection"},
-    "lorasp/checkpoint.py": {
-        "adapted_model", "adapter", "adapter_files", "config", "inject", "injection_plan", "nn", "processes",
-        "sharding", "stored_selection", "whole_tensors",
-    },
-    "lorasp/integrations": {
-        "adapted_model", "config", "functional", "inject", "integrations", "model_inputs", "nn", "quantized",
-        "quantized_linear", "shared_input",
-    },
+    "lorasp/adapter": {"adapter", "config", "rng", "sharding"},
+    "lorasp/optim": {"adapter", "ops", "optim", "sharding"},
+    "lorasp/layers": {"adapter", "config", "functional", "layers", "ops", "sharding"},
+    "lorasp/nn.py": {"layers"},
+    "lorasp/models": {"adapter", "config", "layers", "models", "sharding"},
+    "lorasp/files": {"adapter", "config", "files", "layers", "models", "sharding"},
+    "lorasp/integrations": {"config", "functional", "integrations", "layers", "models"},
     "triton_kernels": {"triton_kernels"},
 }
-# fmt: on
 
 
 def run(code, **environment):

@@ -11,7 +11,7 @@ from partial_oracle import batches, loss
 from torch import Tensor, nn
 
 from lorasp import LoRAConfig, LoRAFAAdamW, LoRALinear, PartialAdamW, PartialConfig, inject, testing
-from lorasp.adapter import Adapter
+from lorasp.adapter.adapter import Adapter
 
 K, N, R = 40, 24, 4
 DELTA = 1e-8

@@ -247,7 +247,7 @@ class TestPrepack:
             made.append(weight.clone())
             return lorasp.PackedWeight(weight.new_empty(0), weight.new_empty(0))
 
-        monkeypatch.setattr("lorasp.nn.pack_weight", pack)
+        monkeypatch.setattr("lorasp.layers.lora_linear.pack_weight", pack)
         with lorasp.use_backend("reference"):
             yield made
 

@@ -20,7 +20,8 @@ from torch._subclasses.fake_tensor import (
 )
 
 import lorasp
-from lorasp import LoRALinear, PartialConfig, SharedInput, shared_input, triton_kernels
+from lorasp import LoRALinear, PartialConfig, SharedInput, triton_kernels
+from lorasp.layers import shared_input
 from lorasp.ops import registry
 
 K, N, R = 24, 20, 4
@@ -116,10 +117,7 @@ def test_a_wait_would_be_found(fake):
 
 
 # What forward, backward and launchers consist of.
-HOT = (
-    "ops", "functional", "reference", "rng.py", "nn.py", "adapter.py", "shared_input.py", "quantized.py",
-    "quantized_linear.py", "recompute.py",
-)  # fmt: skip
+HOT = ("ops", "functional", "reference", "rng.py", "adapter/adapter.py", "layers")
 WAITS = {"item", "tolist", "numpy", "cpu", "nonzero", "is_nonzero", "equal", "allclose", "unique", "synchronize"}
 
 

@@ -363,7 +363,7 @@ def test_a_prepacked_weight_that_trains_is_packed_again(monkeypatch):
         packs.append(weight.clone())
         return lorasp.PackedWeight(weight.new_empty(0), weight.new_empty(0))
 
-    monkeypatch.setattr("lorasp.nn.pack_weight", pack)
+    monkeypatch.setattr("lorasp.layers.lora_linear.pack_weight", pack)
     layer = LoRALinear(K, N, r=R, prepack=True)
     layer.requires_grad_(True)
     optimizer = optimizer_of(layer)

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 import lorasp
 from lorasp import LoRAConfig, LoRALinear, PartialConfig, inject, testing
 from lorasp.config import ALL_LINEAR
-from lorasp.inject import report as inject_report
 from lorasp.memory import saved_bytes
+from lorasp.models.inject import report as inject_report
 
 K, N, R = 40, 24, 4
 GRANULARITIES = ("feature", "element", "rank")

@@ -12,7 +12,7 @@ from tiny_model import WIDTH, Model
 from torch import nn
 
 from lorasp import LoRALinear, PartialConfig, load_adapter, resample, save_adapter
-from lorasp.adapter_files import WEIGHTS_NAME
+from lorasp.files.adapter_files import WEIGHTS_NAME
 
 METADATA = "lorasp.partial"
 EVERY = [(g, r) for g in ("feature", "element", "rank", "matrix") for r in ("never", 2, "epoch")]

@@ -196,7 +196,7 @@ class TestWork:
         model, x = TinyMLP(), make_x()
         expected = model(x)
         recompute_mlp(model, mode)
-        monkeypatch.setattr("lorasp.model_mlps.hidden", None)
+        monkeypatch.setattr("lorasp.models.mlps.hidden", None)
         for context in (torch.no_grad, torch.inference_mode):
             with context():
                 assert torch.equal(model(x), expected)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lorasp import LoRALinear, PartialConfig, resample, testing, use_backend
+from lorasp.layers.shared_input import SharedInput
 from lorasp.memory import saved_bytes
 from lorasp.ops import lora_linear, lora_linear_group
-from lorasp.shared_input import SharedInput
 
 K, RANKS, WIDTHS = 12, (2, 3, 4), (8, 5, 6)
 Q, K_, V = range(3)

@@ -21,9 +21,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lorasp import selection
+from lorasp.adapter import selection
+from lorasp.adapter.selection import Site
 from lorasp.config import PartialConfig
-from lorasp.selection import Site
 
 MODES = ("forward+backward", "forward")
 BASE = "linear"

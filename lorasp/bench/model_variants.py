@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lorasp.config import LoRAConfig, PartialConfig
-from lorasp.inject import inject
 from lorasp.integrations.peft import accelerate
-from lorasp.nn import LoRALinear
+from lorasp.layers.lora_linear import LoRALinear
+from lorasp.models.inject import inject
 
 BASE, PEFT = "frozen", "peft"
 ALPHA = 32

@@ -11,7 +11,7 @@ from lorasp import rng, testing
 from lorasp.bench.cases import Candidate, Member, Provider, Shape, Unavailable, Workload
 from lorasp.config import LoRAConfig, PartialConfig
 from lorasp.functional import lora_linear_group
-from lorasp.inject import inject
+from lorasp.models.inject import inject
 from lorasp.ops import registry
 
 _SCALE = 2.0

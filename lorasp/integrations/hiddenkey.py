@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorasp.adapted_model import unwrap
 from lorasp.config import HiddenKeyConfig
 from lorasp.functional import consistency_loss, linear_consistency_loss
 from lorasp.integrations.transformers import home
+from lorasp.models.adapted import unwrap
 
 _IGNORED = -100
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lorasp.adapted_model import unwrap
 from lorasp.config import LoRAConfig
-from lorasp.inject import shared_groups
-from lorasp.model_inputs import shared_inputs
-from lorasp.shared_input import SharedInput
+from lorasp.layers.shared_input import SharedInput
+from lorasp.models.adapted import unwrap
+from lorasp.models.inject import shared_groups
+from lorasp.models.inputs import shared_inputs
 
 
 @dataclass(frozen=True)

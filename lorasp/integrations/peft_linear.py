@@ -16,8 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lorasp.functional import lora_linear, lora_update
 from lorasp.functional.arguments import autocast_dtype
-from lorasp.nn import DTYPES, Operands
-from lorasp.shared_input import SharedInput, linear_group
+from lorasp.layers.lora_linear import DTYPES, Operands
+from lorasp.layers.shared_input import SharedInput, linear_group
 
 _PLAIN = (Tensor, nn.Parameter)
 _DTYPES = frozenset(DTYPES)

@@ -5,9 +5,9 @@ from peft.tuners.lora import bnb, torchao
 from torch import Tensor, nn
 
 from lorasp.integrations.peft_linear import Factors, FusedLayer, add_others, plain
-from lorasp.nn import DTYPES
-from lorasp.quantized import FrozenBase, frozen_base
-from lorasp.quantized_linear import quantized_lora_linear
+from lorasp.layers.lora_linear import DTYPES
+from lorasp.layers.quantized import FrozenBase, frozen_base
+from lorasp.layers.quantized_linear import quantized_lora_linear
 
 
 class FusedQuantized(FusedLayer):

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lorasp.adapted_model import unwrap
 from lorasp.config import AUTO_LAYERS, HiddenKeyConfig
 from lorasp.functional import hidden_cut
+from lorasp.models.adapted import unwrap
 
 
 @dataclass(frozen=True)

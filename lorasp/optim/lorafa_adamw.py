@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lorasp.adapter import Adapter
+from lorasp.adapter.adapter import Adapter
+from lorasp.adapter.partial_adapter import PackedAdapter, PartialAdapter
 from lorasp.optim.partial_adamw import PartialAdamW
-from lorasp.partial_adapter import PackedAdapter, PartialAdapter
 from lorasp.sharding import full, local
 
 DELTA = 1e-8  # PEFT's regulariser of A A^T

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lorasp.adapter.partial_adapter import ResampledAdapter, find_owners, owner
 from lorasp.ops import registry
 from lorasp.ops.partial_adamw import step_ops
-from lorasp.partial_adapter import ResampledAdapter, find_owners, owner
 from lorasp.sharding import is_sharded, local, placed
 
 

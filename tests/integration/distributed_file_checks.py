@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lorasp
 from lorasp import LoRAConfig, PartialConfig, check_processes, inject, load_adapter, save_adapter
-from lorasp.adapter_files import CONFIG_NAME, WEIGHTS_NAME
+from lorasp.files.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from lorasp.sharding import assign
 
 SAVED = {

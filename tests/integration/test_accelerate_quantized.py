@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from lorasp import LoRAConfig, accelerate, inject, restore, testing
 from lorasp.integrations.peft_linear import FusedLayer
+from lorasp.layers.quantized import frozen_tensors
 from lorasp.memory import saved_bytes
 from lorasp.ops import lora_update
-from lorasp.quantized import frozen_tensors
 
 HALF = torch.bfloat16
 # What PEFT knows a model with such layers by.

@@ -26,8 +26,8 @@ from lorasp import (
     testing,
     use_backend,
 )
-from lorasp.inject import adapted_layers
 from lorasp.memory import saved_bytes
+from lorasp.models.inject import adapted_layers
 
 
 def adapter(dtype: torch.dtype = torch.float32, zero: bool = False) -> tuple[Tensor, Tensor]:

@@ -22,9 +22,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lorasp import stored_selection
-from lorasp.adapter import Adapter
+from lorasp.adapter.adapter import Adapter
 from lorasp.config import LoRAConfig
+from lorasp.files import stored_selection
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"

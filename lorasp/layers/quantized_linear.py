@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lorasp.adapter import Adapter
+from lorasp.adapter.adapter import Adapter
 from lorasp.config import LoRAConfig
 from lorasp.functional.arguments import check_dropout, check_tensor, factor, seed_tensor
-from lorasp.nn import DEFAULT_ADAPTER, DTYPES, LoRALinear, Operands
+from lorasp.layers.lora_linear import DEFAULT_ADAPTER, DTYPES, LoRALinear, Operands
+from lorasp.layers.quantized import FrozenBase, frozen_base, frozen_tensors
 from lorasp.ops import registry
 from lorasp.ops.lora_linear import as_rows, cast
 from lorasp.ops.lora_update import backward_ops, update
-from lorasp.quantized import FrozenBase, frozen_base, frozen_tensors
 
 
 def quantized_lora_linear(

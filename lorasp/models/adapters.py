@@ -5,11 +5,11 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from lorasp.adapted_model import active_adapter, adapted_layers, adapter_configs, unwrap
-from lorasp.injection_plan import HOOKS
-from lorasp.nn import LoRALinear
-from lorasp.quantized_linear import QuantizedLoRALinear
-from lorasp.whole_tensors import BASE, WholeTensors
+from lorasp.layers.lora_linear import LoRALinear
+from lorasp.layers.quantized_linear import QuantizedLoRALinear
+from lorasp.models.adapted import active_adapter, adapted_layers, adapter_configs, unwrap
+from lorasp.models.plan import HOOKS
+from lorasp.models.whole_tensors import BASE, WholeTensors
 
 
 def set_adapter(model: nn.Module, adapter_name: str) -> None:

@@ -1,7 +1,7 @@
 """What trains of a LoRA-SP adapter, as one line of JSON beside the dense tensors of an adapter file.
 
 {"partial": PartialConfig's fields, "layers": {name: {"active_A": bits, "active_B": bits, "draws": n}}}: bits are the
-masks of lorasp.selection, row-major, eight to a byte, first entry in the lowest bit, in base64; active_A is missing
+masks of adapter.selection, row-major, eight to a byte, first entry in the lowest bit, in base64; active_A is missing
 where freeze_A holds.
 """
 
@@ -15,10 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lorasp.adapter import Adapter
+from lorasp.adapter.adapter import Adapter
+from lorasp.adapter.partial_adapter import PartialAdapter, ResampledAdapter
+from lorasp.adapter.selection import Selection
 from lorasp.config import PartialConfig
-from lorasp.partial_adapter import PartialAdapter, ResampledAdapter
-from lorasp.selection import Selection
 
 
 class Stored(NamedTuple):

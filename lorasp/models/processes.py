@@ -7,8 +7,8 @@ import json
 import torch
 from torch import Tensor, nn
 
-from lorasp.adapted_model import unwrap
-from lorasp.adapter import Adapter
+from lorasp.adapter.adapter import Adapter
+from lorasp.models.adapted import unwrap
 from lorasp.sharding import Processes, is_sharded
 
 

@@ -11,17 +11,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lorasp import stored_selection
-from lorasp.adapted_model import active_adapter, adapted_layers, adapter_configs, unwrap, whole_keys
-from lorasp.adapter import Adapter
-from lorasp.adapter_files import PREFIX, SHARED_FIELDS, named, read_pair, write_pair
+from lorasp.adapter.adapter import Adapter
 from lorasp.config import ALL_LINEAR, LoRAConfig
-from lorasp.inject import InjectReport, install, report
-from lorasp.injection_plan import Plan, make_plan
-from lorasp.nn import DEFAULT_ADAPTER, LoRALinear
-from lorasp.processes import agree, description, tensor_digest
+from lorasp.files import stored_selection
+from lorasp.files.adapter_files import PREFIX, SHARED_FIELDS, named, read_pair, write_pair
+from lorasp.layers.lora_linear import DEFAULT_ADAPTER, LoRALinear
+from lorasp.models.adapted import active_adapter, adapted_layers, adapter_configs, unwrap, whole_keys
+from lorasp.models.inject import InjectReport, install, report
+from lorasp.models.plan import Plan, make_plan
+from lorasp.models.processes import agree, description, tensor_digest
+from lorasp.models.whole_tensors import WholeTensors
 from lorasp.sharding import Processes, assign, full, own_class
-from lorasp.whole_tensors import WholeTensors
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str | None = None) -> None:

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lorasp.adapter import Adapter
+from lorasp.adapter.adapter import Adapter
+from lorasp.adapter.partial import make_adapter
+from lorasp.adapter.partial_adapter import PartialAdapter
 from lorasp.config import LoRAConfig
-from lorasp.partial import make_adapter
-from lorasp.partial_adapter import PartialAdapter
 from lorasp.sharding import is_sharded
 
 

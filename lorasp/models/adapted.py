@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from lorasp.config import LoRAConfig
-from lorasp.nn import LoRALinear
+from lorasp.layers.lora_linear import LoRALinear
 
 
 def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:

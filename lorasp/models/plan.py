@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from lorasp.adapted import check_adapter_name
-from lorasp.adapted_model import adapted_layers, adapter_configs, modules_to_save
-from lorasp.adapter import Adapter
+from lorasp.adapter.adapter import Adapter
+from lorasp.adapter.partial_adapter import PartialAdapter
 from lorasp.config import ALL_LINEAR, LoRAConfig, layer_index, matches_end, matches_names
-from lorasp.model_inputs import kept_inputs, shared_inputs
-from lorasp.model_mlps import find_mlps
-from lorasp.nn import DEFAULT_ADAPTER, DTYPES, LoRALinear, is_conv1d
-from lorasp.partial_adapter import PartialAdapter
-from lorasp.quantized import frozen_base
-from lorasp.quantized_linear import QuantizedLoRALinear
+from lorasp.layers.adapted import check_adapter_name
+from lorasp.layers.lora_linear import DEFAULT_ADAPTER, DTYPES, LoRALinear, is_conv1d
+from lorasp.layers.quantized import frozen_base
+from lorasp.layers.quantized_linear import QuantizedLoRALinear
+from lorasp.models.adapted import adapted_layers, adapter_configs, modules_to_save
+from lorasp.models.inputs import kept_inputs, shared_inputs
+from lorasp.models.mlps import find_mlps
 from lorasp.sharding import is_sharded
 
 # Their fused kernels read out_proj.weight itself, past any adapter (PEFT refuses the same).

@@ -1,4 +1,4 @@
-"""Adapters of which a part trains (LoRA-SP; lorasp.partial says what the paper fixes and what is our reading).
+"""Adapters of which a part trains (LoRA-SP; partial.py says what the paper fixes and what is our reading).
 
 A choice that stays (resample="never") keeps what trains in packed Parameters, so that any optimizer, gradient clip or
 DDP bucket sees only that. A choice that changes keeps dense Parameters, which lorasp.optim.PartialAdamW must train.
@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lorasp import selection
-from lorasp.adapter import Adapter
+from lorasp.adapter import selection
+from lorasp.adapter.adapter import Adapter
+from lorasp.adapter.selection import Selection, Site
 from lorasp.config import PartialConfig
-from lorasp.selection import Selection, Site
 from lorasp.sharding import assign, full, is_sharded
 
 
 class PartialAdapter(Adapter):
-    """An adapter with a selection: bool buffers active_A, active_B (shapes: lorasp.selection), in the state_dict.
+    """An adapter with a selection: bool buffers active_A, active_B (shapes: selection.py), in the state_dict.
 
     The index buffers the operators take follow from them and are not in the state_dict.
     """

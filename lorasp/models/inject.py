@@ -5,14 +5,14 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lorasp.adapted_model import active_adapter, adapted_layers, adapter_configs, unwrap, whole_keys
 from lorasp.config import LoRAConfig
-from lorasp.injection_plan import Plan, make_plan
-from lorasp.model_mlps import recompute_mlp
-from lorasp.nn import DEFAULT_ADAPTER, LoRALinear
-from lorasp.quantized import parameter_count
-from lorasp.shared_input import SharedInput
-from lorasp.whole_tensors import WholeTensors
+from lorasp.layers.lora_linear import DEFAULT_ADAPTER, LoRALinear
+from lorasp.layers.quantized import parameter_count
+from lorasp.layers.shared_input import SharedInput
+from lorasp.models.adapted import active_adapter, adapted_layers, adapter_configs, unwrap, whole_keys
+from lorasp.models.mlps import recompute_mlp
+from lorasp.models.plan import Plan, make_plan
+from lorasp.models.whole_tensors import WholeTensors
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lorasp import selection
-from lorasp.adapter import Adapter
+from lorasp.adapter import selection
+from lorasp.adapter.adapter import Adapter
+from lorasp.adapter.partial_adapter import PackedAdapter, PartialAdapter, ResampledAdapter
+from lorasp.adapter.selection import Selection, Site
 from lorasp.config import PartialConfig
-from lorasp.partial_adapter import PackedAdapter, PartialAdapter, ResampledAdapter
-from lorasp.selection import Selection, Site
 
 
 def make_adapter(

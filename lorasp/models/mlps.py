@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lorasp.nn import LoRALinear, is_conv1d
-from lorasp.recompute import MODES, Elementwise, hidden, project
+from lorasp.layers.lora_linear import LoRALinear, is_conv1d
+from lorasp.layers.recompute import MODES, Elementwise, hidden, project
 
 _ACTIVATIONS = ("torch.nn.modules.activation", "transformers.activations")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
