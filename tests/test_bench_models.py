@@ -112,6 +112,17 @@ def test_a_wrong_variant_is_never_timed(tmp_path, capsys, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_variant_that_cannot_be_built_is_listed_with_the_reason(tmp_path, capsys, monkeypatch):
+    def refuse(model, rank, dropout_p):
+        raise ValueError("not around this model")
+
+    monkeypatch.setitem(VARIANTS, "refused", Variant("raises", refuse))
+    monkeypatch.setattr(models, "peak_of_child", lambda *a: 2**28)
+    arguments = ["bench", "--model", NAME, "--variants", "refused", "--rounds", "1", "--out", str(tmp_path)]
+    assert cli.main(arguments) == 2
+    assert "not measured: refused: not around this model" in capsys.readouterr().out
+
+
 def row(variant: str, **values) -> models.Row:
     blank = dict.fromkeys([field.name for field in dataclasses.fields(models.Row)], 1)
     known = {"model": "toy-llama", "dtype": "bfloat16", "dropout_p": 0.05, "variant": variant}

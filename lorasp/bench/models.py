@@ -222,6 +222,14 @@ class Row:
     optimizer_bytes: int
 
 
+@dataclass
+class ModelResult:
+    """The variants of one model that were measured, and why others could not be built around it."""
+
+    rows: list[Row] = field(default_factory=list)
+    unavailable: dict[str, str] = field(default_factory=dict)
+
+
 def run(
     name: str,
     variants: Sequence[str],
@@ -233,7 +241,7 @@ def run(
     seconds: float = 20.0,
     peaks: bool = True,
     progress: Callable[[str], None] = lambda text: None,
-) -> list[Row]:
+) -> ModelResult:
     """Build, verify and time variants of MODELS[name]; the frozen model and PEFT as it comes are always among them.
 
     Raises AssertionError if a variant computes something else than PEFT's layers in fp64 within lorasp.testing's
@@ -243,10 +251,14 @@ def run(
     workload = Workload.of(name, dtype, device, dropout_p)
     progress(f"{name}: checking operators")
     verify_operators(workload)
-    candidates = []
+    result, candidates = ModelResult(), []
     for variant in dict.fromkeys((BASE, PEFT, *variants)):
         progress(f"{name}: checking {variant}")
-        candidates.append(workload.build(variant))
+        try:
+            candidates.append(workload.build(variant))
+        except ValueError as reason:
+            result.unavailable[variant] = str(reason)
+            continue
         if variant != BASE:
             verify(candidates[-1], workload)
     workload.references.clear()
@@ -254,7 +266,6 @@ def run(
     steps = [candidate.step for candidate in candidates]
     samples = interleave(steps[0], steps, make_clock(device), rounds, seconds)
     saved = [saved_bytes(candidate.logits, exclude=candidate.model) for candidate in candidates]
-    rows = []
     for candidate, sample, kept in zip(candidates, samples, saved, strict=True):
         progress(f"{name}: peak memory of {candidate.name}")
         peak = peak_of_child(name, candidate.name, dtype, device, dropout_p) if peaks else None
@@ -263,7 +274,7 @@ def run(
         timed = {}
         for what, values in (("ms", [1e3 * took for took, _ in sample]), ("ratio", ratios), ("to_peft", to_peft)):
             timed[f"{what}_q1"], timed[what], timed[f"{what}_q3"] = quartiles(values)
-        rows.append(
+        result.rows.append(
             Row(
                 model=name, variant=candidate.name, dtype=str(dtype).removeprefix("torch."), dropout_p=dropout_p,
                 batch=workload.case.batch, tokens=workload.case.tokens, rank=workload.case.rank, rounds=len(sample),
@@ -271,7 +282,7 @@ def run(
                 trainable=candidate.trainable, optimizer_bytes=candidate.optimizer_bytes,
             )
         )  # fmt: skip
-    return rows
+    return result
 
 
 def peak_of_child(name: str, variant: str, dtype: torch.dtype, device: torch.device, dropout_p: float) -> int:

@@ -13,7 +13,7 @@ import torch
 from lorasp import bench, console, info
 from lorasp.bench import models, report
 from lorasp.bench.model_variants import BASE, MODELS, PEFT, VARIANTS
-from lorasp.bench.models import Row
+from lorasp.bench.models import ModelResult, Row
 from lorasp.console import UsageError
 
 _MIB = 2**20
@@ -67,7 +67,10 @@ def targets(rows: Sequence[Row]) -> list[Target]:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Exit code 0; 1 if a variant computes something wrong. Raises UsageError for options that do not fit."""
+    """Exit code 0; 1 if a variant computes something wrong; 2 if one asked for by name cannot be built around a model.
+
+    Raises UsageError for options that do not fit.
+    """
     if not 0.0 <= options.dropout < 1.0:
         raise UsageError(f"--dropout must be in [0, 1), got {options.dropout}")
     for name in options.model:
@@ -92,19 +95,20 @@ def run(options: argparse.Namespace) -> int:
         f"torch {versions['torch']}, peft {versions['peft']}, lorasp {versions['lorasp']} {versions['commit']}".rstrip()
     )
     print(rules)
-    rows: list[Row] = []
+    results: list[ModelResult] = []
     try:
         for name in options.model:
-            found = models.run(
+            result = models.run(
                 name, variants, dtype=options.dtype, device=device, dropout_p=options.dropout, rounds=options.rounds,
                 seconds=options.seconds, progress=console.progress,
             )  # fmt: skip
             console.progress("")
-            print_rows(found)
-            rows += found
+            print_result(result)
+            results.append(result)
     except AssertionError as error:
         print(f"lorasp bench: wrong result, nothing is timed: {error}", file=sys.stderr)
         return 1
+    rows = [row for result in results for row in result.rows]
     stem = report.stem(options.model, machine, rows[0].dtype, options.dropout, op="model")
     path = options.out / f"{stem}.csv"
     write_csv(path, rows, {"device": machine, **versions, "rules": rules})
@@ -114,7 +118,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"wrote {path.with_suffix('.png')}")
     except ImportError as error:
         print(f'no plot: {error}: pip install "lorasp[bench]"')
-    return 0
+    return 2 if options.variants and any(result.unavailable for result in results) else 0
 
 
 def title(row: Row) -> str:
@@ -122,20 +126,24 @@ def title(row: Row) -> str:
     return f"{row.model}, {row.batch}×{row.tokens} tokens, r = {row.rank}, {row.dtype}, {drop}"
 
 
-def print_rows(rows: Sequence[Row]) -> None:
+def print_result(result: ModelResult) -> None:
     """One line per variant, then the targets that these rows speak about."""
-    columns = ["variant", "step ms", "÷ frozen (q1–q3)", "÷ peft (q1–q3)", "saved MiB", "over frozen", "peak MiB"]
+    rows = result.rows
+    columns = ["variant", "step ms", "÷ frozen", "÷ peft (q1–q3)", "saved MiB", "over frozen", "peak MiB"]
     lines = [
         [
-            row.variant, f"{row.ms:.4g}", f"{row.ratio:.2f} ({row.ratio_q1:.2f}–{row.ratio_q3:.2f})",
+            row.variant, f"{row.ms:.4g}", f"{row.ratio:.2f}",
             f"{row.to_peft:.2f} ({row.to_peft_q1:.2f}–{row.to_peft_q3:.2f})", f"{row.saved_bytes / _MIB:.2f}",
             f"{row.saved_over_frozen / _MIB:.3f}", "" if row.peak_bytes is None else f"{row.peak_bytes / _MIB:.0f}",
         ]
         for row in rows
     ]  # fmt: skip
     console.print_table(title(rows[0]), columns, lines)
+    report.warn_of_noise("the frozen model", rows[0].ratio_q3 - rows[0].ratio_q1)
     for target in targets(rows):
         print(f"  {target}")
+    for variant, reason in result.unavailable.items():
+        print(f"  not measured: {variant}: {reason}")
 
 
 def write_csv(path: Path, rows: Sequence[Row], environment: dict[str, str]) -> None:

@@ -40,10 +40,15 @@ def print_result(result: ShapeResult) -> None:
     any_one = result.measurements[0]
     console.print_table(title(result.shape, any_one.dtype, any_one.dropout_p), columns, rows)
     noise = max(m.ratio_q3 - m.ratio_q1 for m in result.measurements if m.provider.kind == bench.BASE)
-    if noise > _NOISY:
-        print(f"  noisy: half of the frozen nn.Linear's own ratios lie {noise:.2f} or more apart; is the machine busy?")
+    warn_of_noise("the frozen nn.Linear", noise)
     for provider, reason in result.unavailable.items():
         print(f"  not measured: {provider.name}: {reason}")
+
+
+def warn_of_noise(base: str, spread: float) -> None:
+    """Say so where the base against itself varies more than on a quiet machine."""
+    if spread > _NOISY:
+        print(f"  noisy: half of {base}'s own ratios lie {spread:.2f} or more apart; is the machine busy?")
 
 
 def _spread(m: Measurement) -> str:
