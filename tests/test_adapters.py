@@ -1,88 +1,15 @@
-"""Several adapters in one model: switched, disabled, merged, taken out, saved and loaded by name."""
+"""Several adapters in one model: switched, disabled, deleted, saved and loaded by name."""
 
 import copy
-import pickle
 
 import pytest
 import torch
+from adapted_models import FIRST, IN, SECOND, Model, X, alone, base, both, step, trainable
 from torch import nn
 
 import lorasp
-from lorasp import LoRAConfig, LoRALinear, PartialConfig, inject, testing
+from lorasp import LoRAConfig, PartialConfig, inject, testing
 from lorasp.models.adapted import adapted_layers
-
-IN, OUT = 12, 20
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(IN, IN) for _ in range(3))
-        self.norm = nn.BatchNorm1d(IN)
-        self.out = nn.Linear(IN, IN, bias=False)
-
-    def forward(self, x):
-        return self.out(self.norm(self.q_proj(x) * self.k_proj(x).sigmoid() + self.v_proj(x)))
-
-
-class Model(nn.Module):
-    """Two blocks, an embedding tied to an adapted layer, and a head that an adapter may have in full."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.blocks = nn.ModuleList(Block() for _ in range(2))
-        self.embedding = nn.Embedding(IN, IN)
-        self.embedding.weight = self.blocks[1].out.weight
-        self.head = nn.Linear(IN, OUT)
-
-    def forward(self, x):
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x + self.embedding(torch.zeros(len(x), dtype=torch.long)))
-
-
-FIRST = LoRAConfig(r=3, target_modules=["q_proj", "v_proj", "out"], init_lora_weights=False, freeze_A=True)
-SECOND = LoRAConfig(
-    r=2, lora_alpha=5, target_modules=["q_proj", "k_proj", "v_proj"], init_lora_weights=False, use_rslora=True,
-    modules_to_save=["head", "norm"], bias="lora_only",
-)  # fmt: skip
-X = torch.randn(5, IN, generator=torch.Generator().manual_seed(1))
-
-
-def both() -> Model:
-    model = Model().eval()
-    torch.manual_seed(2)
-    inject(model, FIRST)
-    inject(model, SECOND, "second")
-    return model
-
-
-def alone(config: LoRAConfig, model: nn.Module, name: str) -> Model:
-    """A model with this adapter only, with the values it has in `model`."""
-    single = Model().eval()
-    inject(single, config)
-    layers = adapted_layers(single)
-    for path, layer in adapted_layers(model).items():
-        if name in layer.adapters:
-            layers[path].adapters["default"].load_state_dict(layer.adapters[name].state_dict())
-    return single
-
-
-def trainable(model: nn.Module) -> set[str]:
-    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def base(model: nn.Module) -> dict[str, tuple[nn.Parameter, int]]:
-    """The frozen model's Parameters, whatever else trains: the objects and where their bytes are."""
-    layers = adapted_layers(model).items()
-    return {name: (layer.weight, layer.weight.data_ptr(), layer.weight._version) for name, layer in layers}
-
-
-def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    optimizer.zero_grad()
-    model(X).square().sum().backward()
-    optimizer.step()
 
 
 def test_the_first_acts_until_another_is_set():
@@ -164,102 +91,6 @@ def test_a_frozen_A_survives_everything():
         if "default" in layer.adapters:
             assert not layer.adapters["default"].lora_A.requires_grad
             assert "lora_A" not in dict(layer.adapters["default"].named_parameters())
-
-
-class TestMerge:
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-    @pytest.mark.parametrize("name", ["default", "second"])
-    def test_computes_the_same_and_unmerges_to_the_bit(self, name, dtype):
-        model = both().to(dtype)
-        lorasp.set_adapter(model, name)
-        x, before = X.to(dtype), base(model)
-        expected, state = model(x), copy.deepcopy(model.state_dict())
-        exact = copy.deepcopy(model).double()(x.double())
-        lorasp.merge(model)
-        merged = model(x)
-        single = copy.deepcopy(model).double()(x.double())  # of the weights as they were rounded
-        testing.assert_close(merged, expected, single, dtype)
-        if dtype != torch.bfloat16:
-            testing.assert_close(merged, expected, exact, dtype)
-        assert all(not p.requires_grad for n, p in model.named_parameters() if n.endswith(".weight") and "_proj" in n)
-        with lorasp.disable_adapter(model):
-            assert torch.equal(model(x), Model().eval().to(dtype)(x))
-        lorasp.unmerge(model)
-        assert base(model) == before
-        assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), state.values(), strict=True))
-        assert torch.equal(model(x), expected)
-
-    def test_is_rounded_once(self):
-        layer = LoRALinear(7, 5, r=3, init_lora_weights=False, dtype=torch.bfloat16)
-        wide = layer.weight.float() + layer.scale * (layer.lora_B.float() @ layer.lora_A.float())
-        layer.merge()
-        assert torch.equal(layer.weight, wide.bfloat16())
-
-    def test_leaves_tied_weights_alone(self):
-        model = both()
-        tied, before = model.embedding.weight, model.embedding.weight.clone()
-        lorasp.merge(model)
-        assert model.embedding.weight is tied
-        assert torch.equal(tied, before)
-        assert model.blocks[1].out.weight is not tied
-        lorasp.unmerge(model)
-        assert model.blocks[1].out.weight is tied
-
-    @pytest.mark.parametrize("move", [lambda m: m.double(), copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-    def test_unmerges_after_a_move_or_a_copy(self, move):
-        model = both()
-        lorasp.merge(model)
-        model = move(model)
-        lorasp.unmerge(model)
-        assert torch.equal(model.blocks[1].out.weight, Model().blocks[1].out.weight.to(model.head.weight.dtype))
-        assert model.blocks[1].out.weight is model.embedding.weight
-
-    def test_without_the_base_there_is_no_way_back(self):
-        model = both()
-        lorasp.merge(model, keep_base=False)
-        for call in (lorasp.unmerge, lambda m: lorasp.disable_adapter(m).__enter__()):
-            with pytest.raises(ValueError, match="keep_base=False"):
-                call(model)
-        assert all(
-            layer.merged_adapter == "default" for layer in adapted_layers(model).values() if layer.merged_adapter
-        )
-
-    def test_one_bad_layer_changes_nothing(self):
-        model = both()
-        with torch.no_grad():
-            adapted_layers(model)["blocks.1.q_proj"].lora_B[2, 1] = torch.inf
-        before = base(model)
-        with pytest.raises(ValueError, match=r"must be finite.*blocks\.1\.q_proj"):
-            lorasp.merge(model)
-        assert base(model) == before
-
-    def test_a_transposed_weight(self):
-        transformers = pytest.importorskip("transformers")
-        conv = transformers.pytorch_utils.Conv1D(9, 6)
-        layer = LoRALinear.from_linear(conv, LoRAConfig(r=2, init_lora_weights=False))
-        x = torch.randn(4, 6)
-        expected, exact = layer(x), copy.deepcopy(layer).double()(x.double())
-        layer.merge()
-        assert layer.weight.shape == (6, 9)
-        testing.assert_close(layer(x), expected, exact, torch.float32)
-
-
-@pytest.mark.parametrize("merged", [False, True])
-def test_unload_leaves_nothing_of_lorasp(merged):
-    model = both()
-    lorasp.set_adapter(model, "second")
-    step(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1))
-    model.blocks[0].q_proj.register_forward_hook(lambda *_: None)
-    expected = Model().eval()(X)
-    if merged:
-        lorasp.merge(model)
-        expected = model(X)
-    lorasp.unload(model)
-    assert torch.equal(model(X), expected)
-    assert not any(type(module).__module__.startswith("lorasp") for module in model.modules())
-    assert list(model.state_dict()) == list(Model().state_dict())
-    assert not [key for key in vars(model) if key.startswith("lorasp")]
-    assert len(model.blocks[0].q_proj._forward_hooks) == 1
 
 
 def test_deleted_adapters_leave_the_others():
@@ -357,16 +188,6 @@ def test_bad_calls_change_nothing(call, message):
     assert torch.equal(model(X), expected)
 
 
-def test_whole_tensors_in_shards_do_not_change():
-    model = both()
-    model.head.weight.placements = ()  # what a DTensor is known by
-    before = trainable(model)
-    with pytest.raises(ValueError, match=r"sharded model: head\.weight"):
-        lorasp.set_adapter(model, "second")
-    assert trainable(model) == before
-    assert {layer.active_adapter for layer in adapted_layers(model).values()} == {"default"}
-
-
 @pytest.mark.parametrize(
     "call",
     [
@@ -391,3 +212,68 @@ def test_a_model_without_adapters(call):
         call(Model())
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module"):
         call(3)
+
+
+def test_a_second_adapter_leaves_the_first_one_s_flags_alone():
+    model = both()
+    model.requires_grad_(False)
+    inject(model, LoRAConfig(target_modules=["q_proj"], prepack=False), "third")
+    assert not trainable(model)
+
+
+def test_all_linear_is_saved_so_that_it_loads(tmp_path):
+    """The output head, which "all-linear" skips, ends as an adapted layer does."""
+
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.out = nn.Linear(IN, IN)
+            self.top = nn.ModuleDict({"out": nn.Linear(IN, 2)})
+
+        def get_output_embeddings(self):
+            return self.top["out"]
+
+        def forward(self, x):
+            return self.top["out"](self.out(x))
+
+    model = Nested()
+    report = inject(model, LoRAConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    assert report.adapted == ("out",)
+    lorasp.save_adapter(model, tmp_path)
+    fresh = Nested()
+    fresh.load_state_dict({key: value for key, value in model.state_dict().items() if "adapters" not in key})
+    assert lorasp.load_adapter(fresh, tmp_path).adapted == ("out",)
+    assert torch.equal(fresh(X), model(X))
+
+
+class TestDistributed:
+    @pytest.fixture
+    def wrapped(self, tmp_path, monkeypatch):
+        model = both()
+        monkeypatch.setattr(nn.parallel.DistributedDataParallel, "__init__", lambda self, m: nn.Module.__init__(self))
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        wrapped.module = model
+        lorasp.save_adapter(model, tmp_path)
+        return wrapped
+
+    def test_adapters_do_not_change_under_ddp(self, wrapped, tmp_path):
+        with pytest.raises(ValueError, match="set_adapter: model must not be wrapped in DistributedDataParallel"):
+            lorasp.set_adapter(wrapped, "second")
+        with pytest.raises(ValueError, match="load_adapter: model must not be wrapped in DistributedDataParallel"):
+            lorasp.load_adapter(wrapped, tmp_path, "new")
+        lorasp.load_adapter(wrapped, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: lorasp.set_adapter(m, ["default"]), "set_adapter: adapter_name must be one of"),
+        (lambda m: inject(m, FIRST, "training"), "no name nn.ModuleDict uses"),
+        (lambda m: inject(m, FIRST, "own"), "has an adapter 'own' already"),
+    ],
+)
+def test_names_that_cannot_be(call, message):
+    model = both()
+    model.blocks[0].q_proj.add_adapter("own", FIRST)
+    with pytest.raises(ValueError, match=message):
+        call(model)

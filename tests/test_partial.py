@@ -271,7 +271,7 @@ class TestCost:
         reports = []
         for partial in (None, PartialConfig()):
             inject(model := Model(), LoRAConfig(r=2, target_modules=[target], partial=partial))
-            reports.append(inject_report(model, {}))
+            reports.append(inject_report(model, {}, ()))
         assert reports[1].trainable * 2 == reports[0].trainable
         assert reports[1].total == reports[0].total
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasp.adapter.adapter import Adapter
-from lorasp.config import ALL_LINEAR, LoRAConfig
+from lorasp.config import ALL_LINEAR, LoRAConfig, matches_names
 from lorasp.files import stored_selection
 from lorasp.files.adapter_files import PREFIX, SHARED_FIELDS, named, read_pair, write_pair
 from lorasp.layers.lora_linear import DEFAULT_ADAPTER, LoRALinear
@@ -20,7 +20,7 @@ from lorasp.models.adapted import active_adapter, adapted_layers, adapter_config
 from lorasp.models.inject import InjectReport, install, report
 from lorasp.models.plan import Plan, make_plan
 from lorasp.models.processes import agree, description, tensor_digest
-from lorasp.models.whole_tensors import WholeTensors
+from lorasp.models.whole_tensors import whole_tensors
 from lorasp.sharding import Processes, assign, full, own_class
 
 
@@ -52,7 +52,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str | 
             whole = full(tensor)
             tensors[key] = whole.cpu() if processes.first else None
     if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
-        config = replace(config, target_modules=list(layers))
+        config = _by_name(model, config, layers)
     adapters = {name: layer.adapters[adapter_name] for name, layer in layers.items()}
 
     def write() -> None:
@@ -90,7 +90,13 @@ def load_adapter(
     Into a sharded model, prepared before fully_shard, its processes load together: each must call this and reads the
     files itself. What fails on one is raised on all, as is ValueError where their adapters or files differ.
     """
+    wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
     model, path = unwrap(model), Path(path)
+    if wrapped and adapter_name not in adapter_configs(model):
+        raise ValueError(
+            "load_adapter: model must not be wrapped in DistributedDataParallel to get a new adapter, "
+            f"{adapter_name!r}; load first, then wrap"
+        )
     processes = Processes.of(model, "load_adapter")
     values, config, stored = processes.run(lambda: read_pair(path))
     if processes.groups:
@@ -136,7 +142,7 @@ def load_adapter(
         for key, slot in _slots(model, layers, adapter_name).items():
             if key not in factors:
                 assign(slot, values[key])
-    return report(model, skipped)
+    return report(model, skipped, tuple(layers))
 
 
 def _known_adapter(model: nn.Module, where: str, adapter_name: str | None) -> str:
@@ -154,6 +160,17 @@ def _layers_with(model: nn.Module, adapter_name: str) -> dict[str, LoRALinear]:
     return {name: layer for name, layer in adapted_layers(model).items() if adapter_name in layer.adapters}
 
 
+def _by_name(model: nn.Module, config: LoRAConfig, layers: dict[str, LoRALinear]) -> LoRAConfig:
+    """The config with "all-linear" as names; what their ends also fit, and was skipped, is excluded by name."""
+    names, inside = list(layers), tuple(f"{name}." for name in layers)
+    modules = [name for name, _ in model.named_modules(remove_duplicate=False) if not name.startswith(inside)]
+    skipped = [name for name in modules if name not in layers and matches_names(names, name)]
+    exclude = config.exclude_modules
+    if skipped and not isinstance(exclude, str):
+        exclude = [*(exclude or ()), *skipped]
+    return replace(config, target_modules=names, exclude_modules=exclude)
+
+
 def _factor_keys(name: str) -> tuple[str, str]:
     return f"{PREFIX}{name}.lora_A.weight", f"{PREFIX}{name}.lora_B.weight"
 
@@ -168,10 +185,13 @@ def _slots(
         key_A, key_B = _factor_keys(name)
         slots[key_A], slots[key_B] = adapter.dense_A(), adapter.dense_B()
     config = plan.config if plan else adapter_configs(model)[adapter_name]
-    whole = vars(model).get("lorasp_whole") or WholeTensors()
+    whole = whole_tensors(model)
+    adapted = adapted_layers(model)
     for key in whole_keys(model, config, layers):
         owner, _, leaf = key.rpartition(".")
-        file_key = f"{owner}.base_layer.{leaf}" if owner in layers else key
+        # Of a quantised layer the bias stands inside; in the file it does where this adapter adapts the layer.
+        name = owner.removesuffix(".base_layer") if owner.removesuffix(".base_layer") in adapted else owner
+        file_key = f"{name}.base_layer.{leaf}" if name in layers else f"{name}.{leaf}" if name else leaf
         slots[f"{PREFIX}{file_key}"] = whole.value(model, adapter_name, key)
     return slots
 

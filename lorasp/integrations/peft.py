@@ -72,15 +72,15 @@ def accelerate(
     found = _lora_layers(root)
     if not found:
         raise ValueError(f"accelerate: model must have LoRA layers of PEFT's, {type(root).__name__} has none")
-    from lorasp.integrations.peft_linear import FusedLinear, fused_class, obstacle
+    from lorasp.integrations.peft_linear import FusedLinear
 
-    kept = {name: why for name, layer in found.items() if (why := obstacle(layer)) is not None}
+    kept = {name: why for name, layer in found.items() if (why := _obstacle(layer)) is not None}
     layers = {name: layer for name, layer in found.items() if name not in kept}
     for name in kept:
         if freeze_A or (freeze_A is None and _lora_fa(found[name])):
             kept[name] += "; its A is not held frozen"
     modules = dict(root.named_modules(remove_duplicate=False))
-    plain = {name: layer for name, layer in layers.items() if fused_class(layer) is FusedLinear}
+    plain = {name: layer for name, layer in layers.items() if _fused_class(layer) is FusedLinear}
     groups = shared_inputs(modules, plain, LoRAConfig(share_input=share_input), "accelerate")
     for layer in layers.values():
         _fuse(layer, freeze_A)
@@ -99,10 +99,8 @@ def restore(model: nn.Module) -> None:
     layers = {name: layer for name, layer in _lora_layers(root).items() if hasattr(layer, "frozen_A")}
     if not layers:
         return
-    from lorasp.integrations.peft_linear import fused_class
-
     for name, layer in layers.items():
-        if type(layer) is not fused_class(layer):
+        if type(layer) is not _fused_class(layer):
             raise ValueError(f"restore: {name} must be of the class accelerate() gave it, got {type(layer).__name__}")
     for layer in layers.values():
         layer.release()
@@ -134,11 +132,38 @@ def _lora_fa(layer: nn.Module) -> list[str]:
     return [name for name in layer.lora_A if trains(layer.lora_B[name]) and not trains(layer.lora_A[name])]
 
 
-def _fuse(layer: nn.Module, freeze_A: bool | None) -> None:
-    from lorasp.integrations.peft_linear import fused_class
+def _fused_class(layer: nn.Module) -> type[nn.Module] | None:
+    """The class that a LoRA layer of PEFT's gets, or has; None if there is none for its kind."""
+    from lorasp.integrations.peft_linear import FusedLayer, FusedLinear
 
-    if type(layer) is not fused_class(layer):
-        layer.__class__, layer.frozen_A, layer.freeze_A = fused_class(layer), {}, False
+    kind = type(layer)
+    if kind is FusedLinear or kind is FusedLinear.__bases__[1]:
+        return FusedLinear
+    # Only where such a layer is: PEFT's file imports bitsandbytes.
+    if kind.__module__ in ("peft.tuners.lora.bnb", "peft.tuners.lora.torchao") or issubclass(kind, FusedLayer):
+        from lorasp.integrations.peft_quantized import FUSED
+
+        return FUSED.get(kind) or (kind if kind in FUSED.values() else None)
+    return None
+
+
+def _obstacle(layer: nn.Module) -> str | None:
+    """Why this LoRA layer of PEFT's cannot be fused, whatever its adapters; None if it can (or is)."""
+    from lorasp.integrations import peft_linear
+
+    kind = _fused_class(layer)
+    if kind is None:
+        return f"{type(layer).__name__} is not PEFT's lora.Linear"
+    if kind is peft_linear.FusedLinear:
+        return peft_linear.obstacle(layer)
+    from lorasp.integrations import peft_quantized
+
+    return peft_quantized.obstacle(layer)
+
+
+def _fuse(layer: nn.Module, freeze_A: bool | None) -> None:
+    if type(layer) is not _fused_class(layer):
+        layer.__class__, layer.frozen_A, layer.freeze_A = _fused_class(layer), {}, False
     layer.shared_input = None
     if freeze_A is False:
         layer.release()

@@ -213,28 +213,8 @@ class FusedLinear(FusedLayer, Linear):
             self.shared_input.adopt(self)
 
 
-def fused_class(layer: nn.Module) -> type[FusedLayer] | None:
-    """The class that a LoRA layer of PEFT's gets, or has; None if there is none for its kind."""
-    kind = type(layer)
-    if kind in (Linear, FusedLinear):
-        return FusedLinear
-    # Only where such a layer is: PEFT's file imports bitsandbytes.
-    if kind.__module__ in ("peft.tuners.lora.bnb", "peft.tuners.lora.torchao") or issubclass(kind, FusedLayer):
-        from lorasp.integrations.peft_quantized import FUSED
-
-        return FUSED.get(kind) or (kind if kind in FUSED.values() else None)
-    return None
-
-
 def obstacle(layer: nn.Module) -> str | None:
-    """Why this LoRA layer of PEFT's cannot be fused, whatever its adapters; None if it can (or is)."""
-    kind = fused_class(layer)
-    if kind is None:
-        return f"{type(layer).__name__} is not PEFT's lora.Linear"
-    if kind is not FusedLinear:
-        from lorasp.integrations import peft_quantized
-
-        return peft_quantized.obstacle(layer)
+    """Why this lora.Linear of PEFT's cannot be fused, whatever its adapters; None if it can (or is)."""
     if "forward" in vars(layer):
         return "it was given a forward of its own"
     base = layer.base_layer

@@ -138,9 +138,8 @@ class AdaptedLinear(nn.Module):
             )
         return self._base_weight
 
-    @torch.no_grad()
     def merge(self, *, keep_base: bool = True) -> None:
-        """Let a new frozen weight W + s B A, rounded once, stand in for the active adapter; nothing trains meanwhile.
+        """Let a new frozen weight W + s B A, rounded once, stand in for the active adapter; A and B rest meanwhile.
 
         The old weight is not written to: whatever else it is tied to keeps its values, and unmerge() puts it back, the
         same Parameter. keep_base=False lets go of it. Raises ValueError if the layer is merged, for sharded weights,
@@ -152,13 +151,17 @@ class AdaptedLinear(nn.Module):
         if is_sharded(base):
             raise ValueError("merge: weight must be whole, got a shard (DTensor); merge in a model of one process")
         wide = torch.float64 if base.dtype == torch.float64 else torch.float32
-        update = adapter.scale * (adapter.dense_B().to(wide) @ adapter.dense_A().to(wide))
-        merged = update.add_(base.t() if self.fan_in_fan_out else base)
-        merged = (merged.t() if self.fan_in_fan_out else merged).to(base.dtype).contiguous()
-        if not base.is_meta and not (merged.isfinite() | ~base.isfinite()).all():
-            raise ValueError(f"merge: W + s B A must be finite, it is not for adapter {self.active_adapter!r}")
-        self.weight = nn.Parameter(merged, requires_grad=False)
-        self.merged_adapter, self._base_weight = self.active_adapter, base if keep_base else None
+        # The weight is for every mode the caller may be in now or later.
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(base.device.type, enabled=False):
+            update = adapter.scale * (adapter.dense_B().to(wide) @ adapter.dense_A().to(wide))
+            merged = update.add_(base.t() if self.fan_in_fan_out else base)
+            merged = (merged.t() if self.fan_in_fan_out else merged).to(base.dtype).contiguous()
+            if not base.is_meta and not (merged.isfinite() | ~base.isfinite()).all():
+                raise ValueError(f"merge: W + s B A must be finite, it is not for adapter {self.active_adapter!r}")
+            self.weight = nn.Parameter(merged, requires_grad=False)
+        self.merged_adapter = self.active_adapter
+        # Past nn.Module.__setattr__: no Parameter of the layer's while another stands in for it.
+        self.__dict__["_base_weight"] = base if keep_base else None
 
     def unmerge(self) -> None:
         """Undo merge(), to the bit. Raises ValueError if the layer is not merged or the old weight was let go of."""
@@ -177,7 +180,7 @@ class AdaptedLinear(nn.Module):
 
 def check_adapter_name(where: str, name: str) -> None:
     """An adapter's name is a key of nn.ModuleDict and a part of the keys of a state_dict."""
-    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
+    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
         raise ValueError(
             f"{where}: the adapter's name must be a str without dots, no name nn.ModuleDict uses itself, got {name!r}"
         )

@@ -20,7 +20,10 @@ def adapter_configs(model: nn.Module) -> dict[str, LoRAConfig]:
 
 def active_adapter(model: nn.Module) -> str:
     """The active adapter of a model that has adapters."""
-    return next(iter(adapted_layers(model).values())).active_adapter
+    layer = next(iter(adapted_layers(model).values()), None)
+    if layer is None:
+        raise ValueError(f"lorasp: {type(model).__name__} must have its LoRALinear layers still, all were replaced")
+    return layer.active_adapter
 
 
 def modules_to_save(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
@@ -46,7 +49,8 @@ def whole_keys(model: nn.Module, config: LoRAConfig, layers: Iterable[str]) -> l
     if config.bias == "all":
         keys += [name for name in parameters if name.rpartition(".")[2] == "bias"]
     for name, module in modules_to_save(model, config).items():
-        keys += [f"{name}.{key}" for key in module.state_dict()]
+        keys += [f"{name}.{key}" for key, _ in module.named_parameters(remove_duplicate=False)]
+        keys += [f"{name}.{key}" for key in _persistent_buffers(module)]
     return list(dict.fromkeys(keys))
 
 
@@ -59,3 +63,12 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model._orig_mod
         else:
             return model
+
+
+def _persistent_buffers(module: nn.Module) -> list[str]:
+    return [
+        f"{name}.{key}" if name else key
+        for name, part in module.named_modules(remove_duplicate=False)
+        for key, buffer in part._buffers.items()
+        if buffer is not None and key not in part._non_persistent_buffers_set
+    ]

@@ -8,11 +8,12 @@ from torch import nn
 from lorasp.config import LoRAConfig
 from lorasp.layers.lora_linear import DEFAULT_ADAPTER, LoRALinear
 from lorasp.layers.quantized import parameter_count
+from lorasp.layers.quantized_linear import QuantizedLoRALinear
 from lorasp.layers.shared_input import SharedInput
 from lorasp.models.adapted import active_adapter, adapted_layers, adapter_configs, unwrap, whole_keys
 from lorasp.models.mlps import recompute_mlp
 from lorasp.models.plan import Plan, make_plan
-from lorasp.models.whole_tensors import WholeTensors
+from lorasp.models.whole_tensors import CHILD, whole_tensors
 
 
 @dataclass(frozen=True)
@@ -73,14 +74,20 @@ def install(plan: Plan) -> InjectReport:
     first = not adapter_configs(model)
     if first:
         model.requires_grad_(False)
-        model.lorasp_configs, model.lorasp_whole = {}, WholeTensors()
+        model.lorasp_configs = {}
     active = name if first else active_adapter(model)
+    placed = {layer for _, _, layer in plan.places}
     for layer_name, layer in plan.layers.items():
-        if name not in layer.adapters:
-            layer.adapters[name] = plan.adapters[layer_name]
-        layer.set_adapter(active)
+        if layer in placed:
+            layer.set_adapter(active)
+        else:
+            layer.adapters[name] = plan.adapters[layer_name].requires_grad_(False)
+            layer.prepack |= plan.config.prepack
     for parent, child, layer in plan.places:
         setattr(parent, child, layer)
+    for layer_name, layer in plan.layers.items():
+        if layer in placed and isinstance(layer, QuantizedLoRALinear):
+            whole_tensors(model).rename(layer_name, f"{layer_name}.base_layer")
     for members in plan.groups:
         for layer in members:
             layer.shared_input = None
@@ -90,19 +97,23 @@ def install(plan: Plan) -> InjectReport:
     if plan.config.recompute_mlp:
         recompute_mlp(model, plan.config.recompute_mlp)
     model.lorasp_configs[name] = plan.config
-    model.lorasp_whole.add(model, name, whole_keys(model, plan.config, plan.layers), active=first)
-    return report(model, plan.skipped)
+    if keys := whole_keys(model, plan.config, plan.layers):
+        whole = whole_tensors(model)
+        whole.add(model, name, keys, active=first)
+        setattr(model, CHILD, whole)
+    return report(model, plan.skipped, tuple(plan.layers))
 
 
-def report(model: nn.Module, skipped: dict[str, str]) -> InjectReport:
-    """The report on a model as it is now."""
+def report(model: nn.Module, skipped: dict[str, str], adapted: tuple[str, ...]) -> InjectReport:
+    """The report on a model as it is now; adapted: the layers it is about."""
     layers = adapted_layers(model)
-    parameters = list(model.parameters())
+    waiting = set(getattr(model, CHILD, nn.Module()).parameters())
+    parameters = [parameter for parameter in model.parameters() if parameter not in waiting]
     adapters = [a for layer in layers.values() for a in layer.adapters.values()]
     factors = sum(a.r * (a.in_features + a.out_features) for a in adapters)
     standing = {p for a in adapters for p in a.parameters()}
     return InjectReport(
-        adapted=tuple(layers),
+        adapted=adapted,
         skipped=skipped,
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
         total=sum(parameter_count(p) for p in parameters if p not in standing) + factors,

@@ -17,6 +17,7 @@ from lorasp.layers.quantized_linear import QuantizedLoRALinear
 from lorasp.models.adapted import adapted_layers, adapter_configs, modules_to_save
 from lorasp.models.inputs import kept_inputs, shared_inputs
 from lorasp.models.mlps import find_mlps
+from lorasp.models.whole_tensors import CHILD
 from lorasp.sharding import is_sharded
 
 # Their fused kernels read out_proj.weight itself, past any adapter (PEFT refuses the same).
@@ -60,7 +61,8 @@ def make_plan(
     plan = Plan(model, config, adapter, saved=modules_to_save(model, config))
     adapted = adapted_layers(model)
     named = model.named_modules(remove_duplicate=False)
-    modules = {name: module for name, module in named if name in adapted or not _inside(name, adapted)}
+    own = (*(name for name in adapted), CHILD)
+    modules = {name: module for name, module in named if name in adapted or not _inside(name, own)}
     if strict:
         _check_names(model, modules, config, where)
     _check_saved(model, plan.saved, adapted, where)
@@ -119,11 +121,11 @@ def _check_fresh(model: nn.Module, adapter: str, where: str) -> None:
         raise ValueError(
             f"{where}: the model has LoRALinear layers that inject() did not put there, such as {next(iter(adapted))}"
         )
-    if adapter in configs:
-        holders = [name for name, layer in adapted.items() if adapter in layer.adapters]
+    holders = [name for name, layer in adapted.items() if adapter in layer.adapters]
+    if adapter in configs or holders:
         raise ValueError(
-            f"{where}: the model has an adapter {adapter!r} already, in {len(holders)} layers such as {holders[0]}; "
-            f"give this one another name, or delete_adapter(model, {adapter!r})"
+            f"{where}: the model has an adapter {adapter!r} already, in {len(holders)} layers such as "
+            f"{next(iter(holders), None)}; give this one another name, or delete_adapter(model, {adapter!r})"
         )
     if merged := [name for name, layer in adapted.items() if layer.merged_adapter is not None]:
         raise ValueError(f"{where}: the adapters must not be merged, {merged[0]} is; unmerge(model) first")
@@ -211,7 +213,7 @@ def _targets(plan: Plan, modules: dict[str, nn.Module], where: str) -> list[str]
             plan.skipped[name] = obstacle
         else:
             unsupported[name] = obstacle
-    whole = vars(model).get("lorasp_whole", ())
+    whole = getattr(model, CHILD, ())
     if taken := [name for name in targets if f"{name}.weight" in whole]:
         raise ValueError(
             f"{where}: target_modules must not name what another adapter trains in full, such as {taken[0]}"

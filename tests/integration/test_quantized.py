@@ -436,3 +436,43 @@ def test_merging_and_misuse_are_refused():
     }.items():
         with pytest.raises((TypeError, ValueError), match=f"quantized_lora_linear: {message}"):
             quantized_lora_linear(*arguments)
+
+
+class TwoLayers(nn.Module):
+    def __init__(self, kind: str):
+        super().__init__()
+        self.q, self.v = quantised(kind), quantised(kind)
+
+    def forward(self, x):
+        return self.q(x) + self.v(x)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "torchao"])
+def test_several_adapters(kind, tmp_path):
+    """The bias of a layer that a later adapter wraps stays the first one's; nothing copies the weight."""
+    model, x = TwoLayers(kind).eval(), torch.randn(M, K)
+    config = LoRAConfig(r=R, target_modules=["q"], bias="all", init_lora_weights=False)
+    base, codes = model(x), model.v.weight
+    inject(model, config)
+    with torch.no_grad():
+        model.v.bias.fill_(3)
+    first = model(x)
+    inject(model, replace(config, target_modules=["q", "v"], bias="none"), "other")
+    assert torch.equal(model(x), first)
+    lorasp.set_adapter(model, "other")
+    assert not torch.equal(model(x), first)
+    lorasp.save_adapter(model, tmp_path, "default")
+    with lorasp.disable_adapter(model):
+        assert torch.equal(model(x), base)
+    lorasp.set_adapter(model, "default")
+    assert torch.equal(model(x), first)
+    fresh = TwoLayers(kind).eval()
+    lorasp.load_adapter(fresh, tmp_path)
+    assert torch.equal(fresh(x), first)
+    with pytest.raises(ValueError, match="the weight must not be quantised"):
+        lorasp.merge(model)
+    model.q.register_full_backward_hook(lambda *_: None)
+    lorasp.unload(model)
+    assert torch.equal(model(x), base)
+    assert model.v.weight is codes
+    assert len(model.q._backward_hooks) == 1
