@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from lorasp import console
-from lorasp.console import UsageError
+from lorasp.console import UsageError, quiet_imports
 
 _DTYPES = {
     "fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16,
@@ -36,7 +36,8 @@ def require(*modules: str, extra: str) -> None:
     """Raises UsageError naming the extra unless every module can be imported."""
     for module in modules:
         try:
-            importlib.import_module(module)
+            with quiet_imports():
+                importlib.import_module(module)
         except ImportError as error:
             raise UsageError(f'needs {module} ({error}): pip install "lorasp[{extra}]"') from error
 

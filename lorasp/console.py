@@ -1,7 +1,10 @@
 """Tables on the terminal: rich where it is installed, aligned text elsewhere."""
 
+import contextlib
+import logging
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 WIDTH = 100
@@ -17,6 +20,19 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--out {path}: {error}") from error
+
+
+@contextlib.contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Without what bitsandbytes and torchao, which PEFT imports where they are, say of a machine without a GPU."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def progress(text: str) -> None:

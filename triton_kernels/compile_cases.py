@@ -23,9 +23,9 @@ _STEPS = (
     *itertools.product((torch.float32,), (_WIDE_RANK, _ODD), ("ieee",)),
     *itertools.product((torch.float32,), (_TRAINING,), ("tf32",)),
 )
-# Tiles and code are those of sm_80 and sm_90: what is left to see is whether an architecture's registers hold them.
-_NEWER_STEPS = (
-    *itertools.product((torch.bfloat16,), (_TRAINING, _WIDE_RANK, _ODD), ("ieee",)),
+# Tiles and code are mostly those of sm_90: what is left to see is whether an architecture's registers hold them.
+_OTHER_STEPS = (
+    *itertools.product((torch.bfloat16,), (_TRAINING, _WIDE_RANK, _DECODING, _ODD), ("ieee",)),
     *itertools.product((torch.float32,), (_WIDE_RANK, _ODD), ("ieee",)),
 )
 # (M, K, members' N, members' R), dropout: all of them for a selection of features, plan fused.
@@ -56,7 +56,7 @@ def compile_cases(arch: int) -> list[CompileCase]:
     """The distinct specialisations that are launched on `arch`: of lora_linear with every plan, dtype, dropout on and
     off, of the others some that stand for the rest."""
     with record(tuning.target_of_arch(arch)) as cases:
-        steps = _STEPS if arch <= 90 else _NEWER_STEPS
+        steps = _STEPS if arch == 90 else _OTHER_STEPS
         for (dtype, shape, precision), plan, dropout_p in itertools.product(steps, tuning.PLANS[1:], (0.0, 0.1)):
             with _matmul_precision(precision):
                 _step(dtype, shape, plan, dropout_p)

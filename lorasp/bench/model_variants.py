@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasp.config import LoRAConfig, PartialConfig
+from lorasp.console import quiet_imports
 from lorasp.integrations.peft import accelerate
 from lorasp.layers.lora_linear import LoRALinear
 from lorasp.models.inject import inject
@@ -91,7 +92,8 @@ def adapt_with_peft(
     freeze_A: bool = False,
     accelerated: bool = False,
 ) -> nn.Module:
-    from peft import LoraConfig, get_peft_model
+    with quiet_imports():
+        from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=rank, lora_alpha=ALPHA, lora_dropout=dropout_p, target_modules="all-linear")
     with warnings.catch_warnings():

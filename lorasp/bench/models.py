@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lorasp import testing
+from lorasp import console, testing
 from lorasp.bench.model_variants import (
     ALPHA,
     BASE,
@@ -302,7 +302,8 @@ def peak_of(name: str, variant: str, dtype: torch.dtype, device: torch.device, d
     """Take a few steps of one variant; the most bytes this program had resident (on CUDA: the allocator held)."""
     if device.type == "cpu":
         pin_malloc()
-    importlib.import_module("peft")  # for every variant: it is no part of what training keeps
+    with console.quiet_imports():
+        importlib.import_module("peft")  # for every variant: it is no part of what training keeps
     candidate = Workload.of(name, dtype, device, dropout_p).build(variant)
     for _ in range(_CHILD_STEPS):
         candidate.step()

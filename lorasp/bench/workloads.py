@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lorasp import rng, testing
 from lorasp.bench.cases import Candidate, Member, Provider, Shape, Unavailable, Workload
 from lorasp.config import LoRAConfig, PartialConfig
+from lorasp.console import quiet_imports
 from lorasp.functional import lora_linear_group
 from lorasp.models.inject import inject
 from lorasp.ops import registry
@@ -88,7 +89,8 @@ def _adapted(provider: Provider, workload: Workload, layers, calls, As: list[Ten
 def _build_peft(provider: Provider, workload: Workload) -> Candidate:
     if importlib.util.find_spec("peft") is None:
         raise Unavailable('peft is not installed: pip install "lorasp[bench]"')
-    from peft import LoraConfig, get_peft_model
+    with quiet_imports():
+        from peft import LoraConfig, get_peft_model
 
     rank, holder = workload.shape.R, nn.ModuleDict({f"linear{i}": _linear(m) for i, m in enumerate(workload.members)})
     config = LoraConfig(
