@@ -65,8 +65,7 @@ def recompute_mlp(model: nn.Module, mode: str = "activation") -> RecomputeReport
 
     Raises TypeError or ValueError, with the model as it was, for an unknown mode or if no MLP is known; backward raises
     RuntimeError for second derivatives.
-    Source: selective activation recomputation, arXiv 2205.05198, section 5; LoRA-SP, arXiv 2403.08822, combines it with
-    its freezing.
+    Source: selective activation recomputation, arXiv 2205.05198, section 5.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"recompute_mlp: model must be a torch.nn.Module, got {type(model).__name__}")

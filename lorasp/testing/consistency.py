@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lorasp.functional import consistency_loss
 from lorasp.ops import registry
-from lorasp.testing.rule import CheckResult, bound, error
+from lorasp.testing.rule import CheckResult, compare
 
 SHAPE = ("rows", "V")
 DEFAULT_SHAPES = ((63, 129), (5, 1), (64, 2), (9, 5000), (2, 32003))
@@ -83,13 +83,7 @@ def check_case(case: Case, backend: str, plan: str = "auto", device: str | torch
         reference64, reference = run(in_float64(inputs), case), run(inputs, case)
     with registry.use_backend(backend, plan):
         actual = run(inputs, case)
-    return [
-        CheckResult(
-            "consistency", backend, plan, str(case), name, error(actual[name], reference64[name]),
-            bound(reference[name], reference64[name], case.dtype),
-        )
-        for name in reference64
-    ]  # fmt: skip
+    return compare("consistency", backend, plan, case, actual, reference, reference64, case.dtype)
 
 
 def cases(shapes: Iterable[tuple[int, int]], dtypes: Iterable[torch.dtype]) -> Iterator[Case]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lorasp.functional import dropkey_attention
 from lorasp.ops import registry
-from lorasp.testing.rule import CheckResult, bound, error
+from lorasp.testing.rule import CheckResult, compare
 
 SHAPE = ("B", "H", "Hkv", "Sq", "Sk", "D", "Dv")
 DEFAULT_SHAPES = (
@@ -119,13 +119,7 @@ def check_case(case: Case, backend: str, plan: str = "auto", device: str | torch
         reference = run(inputs, case)
     with registry.use_backend(backend, plan):
         actual = run(inputs, case)
-    return [
-        CheckResult(
-            "dropkey_attention", backend, plan, str(case), name, error(actual[name], reference64[name]),
-            bound(reference[name], reference64[name], case.dtype),
-        )
-        for name in reference64
-    ]  # fmt: skip
+    return compare("dropkey_attention", backend, plan, case, actual, reference, reference64, case.dtype)
 
 
 def cases(shapes: Iterable[tuple[int, ...]], dtypes: Iterable[torch.dtype]) -> Iterator[Case]:

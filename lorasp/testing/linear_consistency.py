@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lorasp.functional import linear_consistency_loss
 from lorasp.ops import registry
-from lorasp.testing.rule import CheckResult, bound, error
+from lorasp.testing.rule import CheckResult, compare
 
 SHAPE = ("rows", "H", "V")
 DEFAULT_SHAPES = ((63, 40, 129), (1, 1, 1), (37, 16, 3000))
@@ -78,13 +78,7 @@ def check_case(case: Case, backend: str, plan: str = "auto", device: str | torch
         reference64, reference = run(inputs64, case), run(inputs, case)
     with registry.use_backend(backend, plan):
         actual = run(inputs, case)
-    return [
-        CheckResult(
-            "linear_consistency", backend, plan, str(case), name, error(actual[name], reference64[name]),
-            bound(reference[name], reference64[name], case.dtype),
-        )
-        for name in reference64
-    ]  # fmt: skip
+    return compare("linear_consistency", backend, plan, case, actual, reference, reference64, case.dtype)
 
 
 def cases(shapes: Iterable[tuple[int, int, int]], dtypes: Iterable[torch.dtype]) -> Iterator[Case]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lorasp.functional import lora_linear
 from lorasp.ops import registry
-from lorasp.testing.rule import CheckResult, bound, error
+from lorasp.testing.rule import CheckResult, compare
 
 SHAPE = ("M", "K", "N", "R")
 DEFAULT_SHAPES = ((63, 129, 65, 8), (1, 64, 64, 16), (128, 256, 192, 16), (129, 63, 1, 3))
@@ -114,13 +114,7 @@ def check_case(case: Case, backend: str, plan: str, device: str | torch.device =
         reference = run(inputs, case)
     with registry.use_backend(backend, plan):
         actual = run(inputs, case)
-    return [
-        CheckResult(
-            "lora_linear", backend, plan, str(case), name, error(actual[name], reference64[name]),
-            bound(reference[name], reference64[name], case.dtype),
-        )
-        for name in reference64
-    ]  # fmt: skip
+    return compare("lora_linear", backend, plan, case, actual, reference, reference64, case.dtype)
 
 
 def cases(shapes: Iterable[tuple[int, int, int, int]], dtypes: Iterable[torch.dtype]) -> Iterator[Case]:

@@ -10,7 +10,7 @@ from lorasp.functional import Partial, lora_linear_group
 from lorasp.ops import registry
 from lorasp.testing import lora_linear
 from lorasp.testing.lora_linear import backend_plans
-from lorasp.testing.rule import CheckResult, bound, error
+from lorasp.testing.rule import CheckResult, compare
 
 __all__ = [
     "DEFAULT_SHAPES", "SHAPE", "Case", "backend_plans", "cases", "check_case", "make_inputs", "plan_obstacle", "run",
@@ -142,13 +142,7 @@ def check_case(case: Case, backend: str, plan: str, device: str | torch.device =
         reference = run(inputs, case)
     with registry.use_backend(backend, plan):
         actual = run(inputs, case)
-    return [
-        CheckResult(
-            "lora_linear_group", backend, plan, str(case), name, error(actual[name], reference64[name]),
-            bound(reference[name], reference64[name], case.dtype),
-        )
-        for name in reference64
-    ]  # fmt: skip
+    return compare("lora_linear_group", backend, plan, case, actual, reference, reference64, case.dtype)
 
 
 def cases(shapes: Iterable[tuple[int, int, int, int]], dtypes: Iterable[torch.dtype]) -> Iterator[Case]:

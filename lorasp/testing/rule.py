@@ -4,6 +4,7 @@ where dtype is the compute dtype (x's) and ref_dtype the plain PyTorch computati
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -50,3 +51,22 @@ def assert_close(actual: Tensor, reference: Tensor, reference64: Tensor, dtype: 
     have, allowed = error(actual, reference64), bound(reference, reference64, dtype)
     if not have <= allowed:
         raise AssertionError(f"{what}: error {have:.3e} exceeds {allowed:.3e} (shape {tuple(actual.shape)})")
+
+
+def compare(
+    op: str,
+    backend: str,
+    plan: str,
+    case: object,
+    actual: Mapping[str, Tensor],
+    reference: Mapping[str, Tensor],
+    reference64: Mapping[str, Tensor],
+    dtype: torch.dtype,
+) -> list[CheckResult]:
+    """Every tensor of one case by the rule."""
+    return [
+        CheckResult(
+            op, backend, plan, str(case), name, error(actual[name], exact), bound(reference[name], exact, dtype)
+        )
+        for name, exact in reference64.items()
+    ]  # fmt: skip

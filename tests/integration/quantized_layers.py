@@ -7,10 +7,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lorasp import LoRAConfig
+
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
 
 M, K, N, R = 10, 128, 96, 4
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+CONFIG = LoRAConfig(r=R, lora_alpha=8, target_modules=TARGETS, init_lora_weights=False)
+LINEAR = nn.Linear(K, N)
 
 
 def with_weight(layer: nn.Module, linear: nn.Linear) -> nn.Module:
