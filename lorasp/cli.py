@@ -155,6 +155,7 @@ providers:
   peft               PEFT as it comes: fp32 adapters
   peft-half          PEFT, adapters in the layer's dtype (autocast_adapter_dtype=False)
   peft-half-compile  torch.compile of peft-half
+  aten               LoRA by hand: cuBLAS (MKL, oneDNN) and addmm_ in one autograd Function
   lorasp[:backend[:plan]]   e.g. lorasp, lorasp:cpp:fused, lorasp:triton:onepass, lorasp:reference
 flags: +fa freezes A (LoRA-FA); lorasp also takes +sp (LoRA-SP, half of the features train), +shared (--members run as
 one group), +masters (fp32 A and B) and +prepack (CPU), e.g. lorasp+fa+prepack"""

@@ -66,6 +66,7 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
     "square": (Shape(512, 1024, 1024, 8), Shape(2048, 1024, 1024, 16), Shape(2048, 2048, 2048, 16)),
     "square-large": (Shape(8192, 4096, 4096, 16), Shape(8192, 4096, 4096, 64), Shape(8192, 8192, 8192, 16)),
     "small": tuple(Shape(m, 1024, 1024, 16) for m in (1, 8, 32, 128)),
+    "tokens": tuple(Shape(m, 4096, 4096, 16) for m in (1, 8, 32, 128, 512, 2048, 8192, 32768)),
 }
 
 
@@ -94,6 +95,7 @@ class Provider:
         "peft": "PEFT, default (fp32 adapters)",
         "peft-half": "PEFT, adapters in x's dtype",
         "peft-half-compile": "torch.compile of peft-half",
+        "aten": "cuBLAS (MKL, oneDNN) and addmm_, written by hand",
         "lorasp": "lorasp",
     }
 
@@ -126,6 +128,11 @@ class Provider:
     @property
     def adapts(self) -> bool:
         return not self.kind.startswith("linear")
+
+    @property
+    def own_masks(self) -> bool:
+        """Whether its dropout draws other masks than lorasp.rng defines."""
+        return self.adapts and self.kind != "lorasp"
 
 
 class Unavailable(Exception):

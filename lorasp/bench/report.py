@@ -95,7 +95,7 @@ def stem(
 
 _COLOURS = {
     "linear": "#9aa0a6", "linear-train": "#5f6368", "peft": "#f4b183", "peft-half": "#e07b39",
-    "peft-half-compile": "#a64d12",
+    "peft-half-compile": "#a64d12", "aten": "#c9a227",
 }  # fmt: skip
 _LORASP_COLOURS = ("#1f77b4", "#17a2b8", "#2ca02c", "#7fbf3f", "#6a51a3", "#9e9ac8", "#084594", "#00695c")
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lorasp import rng, testing
 from lorasp.bench.cases import Candidate, Member, Provider, Shape, Unavailable, Workload
+from lorasp.bench.composition import ComposedLoRA
 from lorasp.config import LoRAConfig, PartialConfig
 from lorasp.console import quiet_imports
 from lorasp.functional import lora_linear_group
@@ -34,7 +35,7 @@ def default_providers(
 ) -> list[Provider]:
     """What is worth comparing on this device; freeze_A leaves only adapters with a frozen A, prepack adds +prepack,
     shared adds +shared."""
-    adapters = ["peft", "peft-half", "peft-half-compile", "lorasp", *["lorasp+shared"] * shared]
+    adapters = ["peft", "peft-half", "peft-half-compile", "aten", "lorasp", *["lorasp+shared"] * shared]
     if device.type == "cuda":
         plans = testing.lora_linear.backend_plans
         adapters += [f"lorasp:{backend}:{plan}" for backend in ("triton", "cuda") for plan in plans(backend)]
@@ -53,7 +54,8 @@ def build(provider: Provider, workload: Workload) -> Candidate:
     """The provider around the workload's tensors. Raises Unavailable, with the reason, where it cannot run here."""
     if not provider.adapts:
         return _build_linear(provider, workload)
-    return (_build_lorasp if provider.kind == "lorasp" else _build_peft)(provider, workload)
+    builders = {"lorasp": _build_lorasp, "aten": _build_composition}
+    return builders.get(provider.kind, _build_peft)(provider, workload)
 
 
 def _linear(member: Member) -> nn.Linear:
@@ -110,6 +112,17 @@ def _build_peft(provider: Provider, workload: Workload) -> Candidate:
     return _adapted(provider, workload, layers, calls, As, Bs)
 
 
+def _build_composition(provider: Provider, workload: Workload) -> Candidate:
+    layers = [
+        ComposedLoRA(_linear(member), member.lora_A, member.lora_B, workload.scale, workload.dropout_p)
+        for member in workload.members
+    ]
+    for layer in layers:
+        layer.lora_A.requires_grad_(not provider.freeze_A)
+    As, Bs = [layer.lora_A for layer in layers], [layer.lora_B for layer in layers]
+    return _adapted(provider, workload, layers, layers, As, Bs)
+
+
 def _build_lorasp(provider: Provider, workload: Workload) -> Candidate:
     device, dtype = workload.x.device.type, workload.x.dtype
     if provider.backend != "auto":
@@ -144,12 +157,12 @@ def _build_lorasp(provider: Provider, workload: Workload) -> Candidate:
 def verify(candidate: Candidate) -> None:
     """Raise AssertionError unless output and gradients meet lorasp.testing's tolerance rule.
 
-    lorasp with dropout is compared under the same masks. PEFT draws others, so its layers are compared with dropout off
-    (eval mode).
+    lorasp with dropout is compared under the same masks. PEFT and torch's own dropout draw others, so those layers are
+    compared with dropout off (eval mode).
     """
     provider, workload = candidate.provider, candidate.workload
     dropout_p, count = workload.dropout_p, len(workload.members)
-    if provider.kind.startswith("peft"):
+    if provider.own_masks:
         candidate.layers.eval()
         dropout_p = 0.0
     torch.manual_seed(_SEED)
