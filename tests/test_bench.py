@@ -27,8 +27,8 @@ def providers(*names):
 @pytest.mark.parametrize(
     "text",
     [
-        "linear", "linear-train", "peft", "peft+fa", "peft-half", "peft-half-compile", "aten+fa", "lorasp", "lorasp:cpp",
-        "lorasp:triton:onepass+fa", "lorasp:auto:fused", "lorasp+fa+sp+shared+masters+prepack",
+        "linear", "linear-train", "peft", "peft+fa", "peft-half", "peft-half-compile", "aten+fa", "lorasp",
+        "lorasp:cpp", "lorasp:triton:onepass+fa", "lorasp:auto:fused", "lorasp+fa+sp+shared+masters+prepack",
     ],
 )  # fmt: skip
 def test_a_provider_reads_as_it_is_written(text):
@@ -137,8 +137,8 @@ def test_quartiles():
     [(torch.float32, 0.0, 1), (torch.bfloat16, 0.25, 1), (torch.bfloat16, 0.0, 3), (torch.float32, 0.25, 2)],
 )
 def test_every_provider_is_measured_and_keeps_what_the_contract_says(dtype, dropout_p, members):
-    names = ["linear", "linear-train", "peft", "peft-half", "peft-half+fa", "aten", "aten+fa", "lorasp", "lorasp+fa", "lorasp+masters"]
-    names += ["lorasp:reference", "lorasp:reference+fa"]
+    names = ["linear", "linear-train", "peft", "peft-half", "peft-half+fa", "aten", "aten+fa", "lorasp", "lorasp+fa"]
+    names += ["lorasp+masters", "lorasp:reference", "lorasp:reference+fa"]
     shape = dataclasses.replace(SHAPE, bias=True, members=members)
     names += ["lorasp+sp", "lorasp+fa+sp"] + ["lorasp+shared", "lorasp+sp+shared", "lorasp+fa+shared"] * (members > 1)
     (result,) = bench.run([shape], providers(*names), dtype=dtype, dropout_p=dropout_p, rounds=2)
