@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lorasp import bench, cli, console
-from lorasp.bench import MODES, Provider, Shape, command, report, timing, workloads
+from lorasp.bench import MODES, Provider, Shape, command, report, targets, timing, workloads
 from lorasp.ops import dropkey_attention as attention_ops
 from lorasp.ops import lora_linear, registry
 
@@ -324,3 +324,21 @@ def test_a_wrong_attention_is_never_timed(tmp_path, capsys, monkeypatch):
 def test_sizes_and_rates_that_do_not_fit(arguments, message, capsys):
     assert cli.main(["bench", "--op", "dropkey_attention", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_targets_stand_beside_the_gpu_figures_they_are_for():
+    (result,) = bench.run([SHAPE], providers("peft-half", "lorasp", "lorasp+fa"), dtype=torch.bfloat16, rounds=1)
+    shape, ratios = Shape(8192, 4096, 4096, 16), {"linear": 1.0, "peft-half": 1.13, "lorasp": 1.1, "lorasp+fa": 1.1}
+    rows = [
+        dataclasses.replace(m, shape=shape, ratio=ratios[m.provider.name])
+        for m in result.measurements
+        if m.mode == "forward+backward"
+    ]
+    cuda = torch.device("cuda")
+    found = [
+        (target.name, round(target.value, 3), target.bound, target.met) for target in targets.of_linear(rows, cuda)
+    ]
+    assert found == [("lorasp+fa", 1.1, 1.09, False), ("lorasp", 1.1, 1.12, True), ("lorasp", 0.973, 1.02, True)]
+    assert targets.of_linear(rows, CPU) == []
+    dropped = [dataclasses.replace(m, dropout_p=0.1) for m in rows]
+    assert [target.bound for target in targets.of_linear(dropped, cuda)] == [1.17, 1.02]

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from lorasp import bench, console, info
-from lorasp.bench import Provider, Shape, report, workloads
+from lorasp.bench import Provider, Shape, report, targets, workloads
 from lorasp.console import UsageError
 
 # M of the models' layers on a CPU, where their GPU micro-batch would take minutes per sample.
@@ -76,6 +76,8 @@ def run(options: argparse.Namespace) -> int:
         ):  # fmt: skip
             console.progress("")
             report.print_result(result)
+            for target in targets.of_linear(result.measurements, device):
+                print(f"  {target}")
             results.append(result)
     except AssertionError as error:
         print(f"lorasp bench: wrong result, nothing is timed: {error}", file=sys.stderr)
