@@ -2,12 +2,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= benchmarks/results
+GPU_JOBS ?= 6
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 # The CPU build of torch on Linux; an unpinned torch pulls several GB of CUDA packages.
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml
 
-.PHONY: demo test bench gpu lint format info clean
+.PHONY: demo test bench gpu gpu-build gpu-test gpu-bench gpu-attention gpu-tune gpu-sanitize lint format info clean
 .DEFAULT_GOAL := test
 
 $(BIN)/python:
@@ -31,12 +32,37 @@ test: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python -m lorasp bench --out $(OUT)
 
-# In the current Python environment, without network: build, the tests that need a GPU, the benchmark.
-gpu:
+# On a machine with a GPU, in the current Python environment and without network: build for that GPU, run the tests that
+# need one, then the benchmarks. Each gpu-* target fits into ten minutes of an H200 and can be called alone.
+gpu: gpu-build gpu-test gpu-bench
+
+gpu-build:
+	TORCH_CUDA_ARCH_LIST=$$($(PYTHON) -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') \
 	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --no-index -e .
-	mkdir -p $(OUT)
-	$(PYTHON) -m pytest -q -m gpu tests
-	$(PYTHON) -m lorasp bench --device cuda --out $(OUT)
+
+gpu-test:
+	$(PYTHON) -m pytest -q -m gpu -n $(GPU_JOBS) --dist worksteal tests
+
+gpu-bench:
+	$(PYTHON) -m lorasp bench --device cuda --shapes llama3-8b square-large --out $(OUT)
+	$(PYTHON) -m lorasp bench --device cuda --shapes square-large --dropout 0.1 --out $(OUT)
+	$(PYTHON) -m lorasp bench --device cuda --shapes square-large --members 3 --out $(OUT)
+	$(PYTHON) -m lorasp bench --device cuda --shapes tokens --providers peft-half peft-half-compile aten lorasp lorasp+fa --out $(OUT)
+	$(PYTHON) -m lorasp bench --device cuda --op hidden_cut --out $(OUT)
+	$(PYTHON) -m lorasp bench --device cuda --op consistency --out $(OUT)
+
+gpu-attention:
+	$(PYTHON) -m lorasp bench --device cuda --op dropkey_attention --out $(OUT)
+	$(PYTHON) -m lorasp bench --device cuda --op dropkey_attention --causal --out $(OUT)
+
+# Writes the GPU's plan table; a second call goes on where the time ended.
+gpu-tune:
+	$(PYTHON) -m lorasp tune --ranks 16 64 --budget 540
+
+# Every operator and backend on small shapes; without torch's caching allocator, which would hide accesses out of bounds.
+gpu-sanitize:
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) -m lorasp check --device cuda --backend triton cuda
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) -m lorasp check --device cuda --backend triton cuda --dtype bf16
 
 $(VENV)/.linters: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'ruff>=0.9' 'clang-format>=19'
