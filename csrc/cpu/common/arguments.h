@@ -1,5 +1,4 @@
-// What every operator's C++ entry point does with its arguments: checks them, brings them into the compute dtype, reads
-// the dropout's seed.
+// What every operator's C++ entry point does with its arguments: it checks them and finds the compute dtype.
 #pragma once
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
@@ -7,7 +6,7 @@
 
 #include <optional>
 
-#include "passes.h"
+#include "dtype.h"
 
 namespace lorasp {
 
@@ -25,20 +24,5 @@ DType compute_dtype(const char* op, const char* name, const Tensor& t);
 
 void check_tensor(const char* op, const char* name, const Tensor& t, at::IntArrayRef shape, at::ScalarType dtype,
                   bool fp32_too = false);
-
-inline Tensor unit_columns(const Tensor& t) { return t.size(1) == 1 || t.stride(1) == 1 ? t : t.contiguous(); }
-
-inline Tall tall(const Tensor& t) { return {t.data_ptr(), t.size(0) == 1 ? t.size(1) : t.stride(0)}; }
-
-// A rank-R factor in the compute dtype, contiguous: as it is, or a rounded copy of fp32 masters.
-Tensor rounded(const Tensor& t, at::ScalarType dtype);
-
-struct Dropout {
-  std::optional<KeepMask> mask;
-  double rescale = 1.0;
-
-  Dropout(const char* op, double dropout_p, const OptionalTensor& seed, int64_t member);
-  const KeepMask* keep() const { return mask ? &*mask : nullptr; }
-};
 
 }  // namespace lorasp

@@ -18,7 +18,7 @@ namespace {
 
 struct IsaEntry {
   const char* name;
-  const Kernels* table;  // nullptr: not compiled
+  bool compiled;
   std::vector<std::string> features;
 };
 
@@ -28,23 +28,22 @@ const std::vector<IsaEntry>& entries() {
     base.insert(base.end(), more.begin(), more.end());
     return base;
   };
-  static const std::vector<IsaEntry> table = {
-      {"portable", portable::kKernels, {}},
 #if defined(__x86_64__)
-      {"avx2", avx2::kKernels, {"avx2", "fma", "f16c"}},
-      {"avx512", avx512::kKernels, avx512},
-      {"avx512_bf16", avx512_bf16::kKernels, with(avx512, {"avx512_bf16"})},
+  constexpr bool kX86 = true;
+#else
+  constexpr bool kX86 = false;
+#endif
 #if defined(__linux__)
-      {"amx", amx::kKernels, with(avx512, {"avx512_bf16", "amx_tile", "amx_bf16"})},
+  constexpr bool kLinux = true;
 #else
-      {"amx", nullptr, {}},
+  constexpr bool kLinux = false;
 #endif
-#else
-      {"avx2", nullptr, {}},
-      {"avx512", nullptr, {}},
-      {"avx512_bf16", nullptr, {}},
-      {"amx", nullptr, {}},
-#endif
+  static const std::vector<IsaEntry> table = {
+      {"portable", true, {}},
+      {"avx2", kX86, {"avx2", "fma", "f16c"}},
+      {"avx512", kX86, avx512},
+      {"avx512_bf16", kX86, with(avx512, {"avx512_bf16"})},
+      {"amx", kX86 && kLinux, with(avx512, {"avx512_bf16", "amx_tile", "amx_bf16"})},
   };
   return table;
 }
@@ -100,7 +99,7 @@ std::vector<std::string> detect_features() {
 }
 
 bool is_available(const IsaEntry& entry) {
-  if (entry.table == nullptr) return false;
+  if (!entry.compiled) return false;
   for (const std::string& feature : entry.features) {
     bool found = false;
     for (const std::string& present : cpu_features()) found = found || present == feature;
@@ -140,7 +139,7 @@ std::atomic<int> active{-1};
 std::vector<std::string> compiled_isas() {
   std::vector<std::string> names;
   for (const IsaEntry& entry : entries()) {
-    if (entry.table != nullptr) names.emplace_back(entry.name);
+    if (entry.compiled) names.emplace_back(entry.name);
   }
   return names;
 }
@@ -182,9 +181,5 @@ Isa active_isa() {
 std::string active_isa_name() { return entries()[static_cast<size_t>(active_isa())].name; }
 
 void set_isa(const std::string& name) { active.store(name.empty() ? choose_default() : choose(name, "set_isa: name")); }
-
-const Kernels& kernels(DType dtype) {
-  return entries()[static_cast<size_t>(active_isa())].table[static_cast<int>(dtype)];
-}
 
 }  // namespace lorasp

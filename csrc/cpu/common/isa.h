@@ -3,8 +3,6 @@
 #include <string>
 #include <vector>
 
-#include "skinny.h"
-
 namespace lorasp {
 
 // Ascending; names: portable, avx2, avx512, avx512_bf16, amx.
@@ -23,7 +21,5 @@ Isa active_isa();
 std::string active_isa_name();
 // Empty returns to the default. Affects calls that start afterwards.
 void set_isa(const std::string& name);
-
-const Kernels& kernels(DType dtype);
 
 }  // namespace lorasp

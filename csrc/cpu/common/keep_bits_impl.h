@@ -1,4 +1,4 @@
-// Rows of keep bits (../philox.h), vectorised. Included once per instruction set, after its simd_*.h.
+// keep_bits.h in the lanes of one instruction set. Included once per instruction set.
 #pragma once
 
 namespace lorasp::LORASP_ISA {

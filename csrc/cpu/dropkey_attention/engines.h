@@ -1,4 +1,4 @@
-// Engines of dropkey_attention_impl.h: how operands are laid out and multiplied. After a simd_*.h and simd_exp.h.
+// Engines: how operands are laid out and multiplied. After a simd_*.h and simd_exp.h.
 #pragma once
 
 namespace lorasp::LORASP_ISA {

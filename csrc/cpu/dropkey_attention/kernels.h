@@ -4,7 +4,11 @@
 // Invariants: keys that no query of the head may see (dropped columns and spans, key padding) are not in its KeyList
 // and are neither read nor computed; nothing of size Sq x Sk exists; sums run in one fixed order.
 #pragma once
-#include "skinny.h"
+#include <cstddef>
+#include <cstdint>
+
+#include "../common/dtype.h"
+#include "../common/keep_bits.h"
 
 namespace lorasp {
 
@@ -31,7 +35,7 @@ struct Attention {
   float* lse;                // (B, H, Sq) contiguous
   ScoreMask mask;            // kNone where the key lists say it all
   const KeepMask* elements;  // drop decisions per logit, or nullptr
-  void (*keep_bits)(const KeepMask& mask, int64_t start, int64_t count, uint32_t* out);
+  KeepBits keep_bits;
 };
 
 // The keys a head walks, ascending, and what is added to the logits of each, or nullptr.
@@ -72,6 +76,9 @@ struct AttentionKernels {
   // Rounds fp32 rows (rows, cols) to the compute dtype.
   void (*round_rows)(const float* in, int64_t rows, int64_t cols, void* out, int64_t out_row);
 };
+
+// The kernels of the instruction set in use.
+const AttentionKernels& attention_kernels(DType dtype);
 
 // One table per compute dtype, in the order of DType.
 namespace portable {

@@ -8,7 +8,7 @@
 
 #include <cstring>
 
-#include "dropkey_attention.h"
+#include "kernels.h"
 
 // Nothing from another header may be instantiated below: a shared inline function compiled for this target could be
 // linked into code that runs on any CPU.
@@ -22,13 +22,12 @@
 #define LORASP_AVX512
 #define LORASP_AVX512_BF16
 #define LORASP_AMX
-#include "simd_avx512.h"
+#include "../common/simd_avx512.h"
 
-#include "simd_exp.h"
-#include "amx_tiles.h"
-#include "transpose16.h"
-#include "dropkey_attention_engines.h"
-#include "dropkey_attention_impl.h"
+#include "../common/simd_exp.h"
+#include "../common/amx_tiles.h"
+#include "../common/transpose16.h"
+#include "kernels_impl.h"
 
 namespace lorasp::amx {
 const AttentionKernels kAttention[1] = {make_attention<PairedTiles>()};

@@ -3,7 +3,7 @@
 
 #include <cstring>
 
-#include "dropkey_attention.h"
+#include "kernels.h"
 
 // Nothing from another header may be instantiated below: a shared inline function compiled for this target could be
 // linked into code that runs on any CPU.
@@ -14,11 +14,10 @@
 #endif
 #define LORASP_ISA avx2
 #define LORASP_AVX2
-#include "simd_avx2.h"
+#include "../common/simd_avx2.h"
 
-#include "simd_exp.h"
-#include "dropkey_attention_engines.h"
-#include "dropkey_attention_impl.h"
+#include "../common/simd_exp.h"
+#include "kernels_impl.h"
 
 namespace lorasp::avx2 {
 const AttentionKernels kAttention[3] = {make_attention<Single<float>>(), make_attention<Single<bf16>>(),

@@ -7,7 +7,7 @@
 
 #include <cstring>
 
-#include "dropkey_attention.h"
+#include "kernels.h"
 
 // Nothing from another header may be instantiated below: a shared inline function compiled for this target could be
 // linked into code that runs on any CPU.
@@ -19,12 +19,11 @@
 #endif
 #define LORASP_ISA avx512
 #define LORASP_AVX512
-#include "simd_avx512.h"
+#include "../common/simd_avx512.h"
 
-#include "simd_exp.h"
-#include "transpose16.h"
-#include "dropkey_attention_engines.h"
-#include "dropkey_attention_impl.h"
+#include "../common/simd_exp.h"
+#include "../common/transpose16.h"
+#include "kernels_impl.h"
 
 namespace lorasp::avx512 {
 const AttentionKernels kAttention[3] = {make_attention<Single<float>>(), make_attention<Single<bf16>>(),

@@ -1,13 +1,12 @@
 #include <cstring>
 
-#include "dropkey_attention.h"
+#include "kernels.h"
 
 #define LORASP_ISA portable
-#include "simd_portable.h"
+#include "../common/simd_portable.h"
 
-#include "simd_exp.h"
-#include "dropkey_attention_engines.h"
-#include "dropkey_attention_impl.h"
+#include "../common/simd_exp.h"
+#include "kernels_impl.h"
 
 namespace lorasp::portable {
 const AttentionKernels kAttention[3] = {make_attention<Single<float>>(), make_attention<Single<bf16>>(),

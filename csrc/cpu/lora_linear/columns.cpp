@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "isa.h"
+#include "../common/isa.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>

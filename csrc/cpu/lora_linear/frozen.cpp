@@ -8,7 +8,7 @@
 
 #include <string_view>
 
-#include "isa.h"
+#include "../common/isa.h"
 
 namespace lorasp {
 namespace {

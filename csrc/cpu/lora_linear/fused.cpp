@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "isa.h"
+#include "../common/isa.h"
 
 namespace lorasp {
 namespace {
@@ -76,10 +76,9 @@ Tensor pack_weight_cpu(const Tensor& weight, bool backward) {
 struct MaskRows final : KeepRows {
   const KeepMask& mask;
   int64_t columns;
-  decltype(Kernels::keep_bits) keep_bits;
+  const KeepBits keep_bits = keep_bits_kernel();
 
-  MaskRows(const KeepMask& mask, int64_t columns, decltype(Kernels::keep_bits) keep_bits)
-      : mask(mask), columns(columns), keep_bits(keep_bits) {}
+  MaskRows(const KeepMask& mask, int64_t columns) : mask(mask), columns(columns) {}
   void fill(int64_t row, unsigned char* bits) const override {
     keep_bits(mask, row * columns, columns, reinterpret_cast<uint32_t*>(bits));
   }
@@ -116,7 +115,7 @@ Tensor fused_forward(const Fused& f, const Tensor& x, const Tensor& weight, cons
   params.bias = bias ? bias32.const_data_ptr<float>() : nullptr;
   params.s = xa, params.lds = f.R, params.visitor = visitor;
   std::optional<MaskRows> keep;
-  if (f.keep) keep.emplace(*f.keep, K, kernels(dtype_of(x)).keep_bits), params.keep_a = &*keep;
+  if (f.keep) keep.emplace(*f.keep, K), params.keep_a = &*keep;
   Tensor y = at::empty({x.size(0), N}, x.options());
   product(f, x, Source(weight, false), params, y);
   return y;
@@ -130,7 +129,7 @@ void fused_backward(const Fused& f, const Tensor& dy, const Tensor& weight, void
   params.p = {f.A, K, false, K, f.R};
   params.s = g, params.lds = ldg, params.accumulate = accumulate;
   std::optional<MaskRows> keep;
-  if (f.keep) keep.emplace(*f.keep, K, kernels(dtype_of(dy)).keep_bits), params.keep_y = &*keep;
+  if (f.keep) keep.emplace(*f.keep, K), params.keep_y = &*keep;
   product(f, dy, Source(weight, true), params, dx);
 }
 

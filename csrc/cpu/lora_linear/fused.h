@@ -5,6 +5,7 @@
 
 #include <optional>
 
+#include "../common/keep_bits.h"
 #include "gemm.h"
 #include "skinny.h"
 

@@ -13,7 +13,7 @@
 #include <thread>
 #include <vector>
 
-#include "scratch.h"
+#include "../common/scratch.h"
 
 namespace lorasp {
 namespace {

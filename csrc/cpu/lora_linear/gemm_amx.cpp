@@ -13,7 +13,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16")
 #endif
 
-#include "transpose16.h"
+#include "../common/transpose16.h"
 
 namespace lorasp {
 namespace {

@@ -2,7 +2,7 @@
 
 #include <cstring>
 
-#include "scratch.h"
+#include "../common/scratch.h"
 
 namespace lorasp {
 namespace {

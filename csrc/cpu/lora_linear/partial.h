@@ -9,10 +9,10 @@
 
 #include <optional>
 
+#include "../common/scratch.h"
 #include "arguments.h"
 #include "columns.h"
 #include "gradient.h"
-#include "scratch.h"
 
 namespace lorasp {
 

@@ -5,8 +5,8 @@
 #include <algorithm>
 #include <cstring>
 
-#include "isa.h"
-#include "scratch.h"
+#include "../common/isa.h"
+#include "../common/scratch.h"
 
 namespace lorasp {
 namespace {
@@ -40,10 +40,10 @@ class MaskBlock {
       : c0_(c0), c1_(c1), words_(frame.take<uint32_t>(ceil_div(c1 - c0, kChunk) * kBlockM * kMaskWords)) {}
 
   const uint32_t* at(int64_t c) const { return words_ + (c - c0_) / kChunk * kBlockM * kMaskWords; }
-  void fill(const Kernels& k, const KeepMask& keep, int64_t K, int64_t m, int64_t rows) {
+  void fill(KeepBits keep_bits, const KeepMask& keep, int64_t K, int64_t m, int64_t rows) {
     for (int64_t c = c0_; c < c1_; c += kChunk)
       for (int64_t i = 0; i < rows; ++i)
-        k.keep_bits(keep, (m + i) * K + c, std::min(kChunk, c1_ - c), words_ + (at(c) - words_) + i * kMaskWords);
+        keep_bits(keep, (m + i) * K + c, std::min(kChunk, c1_ - c), words_ + (at(c) - words_) + i * kMaskWords);
   }
   // This one's bits from those of all columns; `row` and `selected` hold one row of either.
   void select(const MaskBlock& all, const Columns& columns, int64_t rows, uint32_t* row, uint32_t* selected) {
@@ -65,6 +65,7 @@ struct Pass {
   DType dtype;
   int64_t M;
   const Kernels& k;
+  const KeepBits keep_bits = keep_bits_kernel();
 
   Pass(DType dtype, int64_t M) : dtype(dtype), M(M), k(kernels(dtype)) {}
 
@@ -163,7 +164,7 @@ void forward_pass(DType dtype, int64_t M, int64_t K, Tall x, c10::ArrayRef<Proje
       for (size_t i = 0; i < projections.size(); ++i) {
         const Projection& p = projections[i];
         float* out = whole_rows ? sums : partials[i] + (part.col * M + m) * p.R;
-        if (p.keep) mask.fill(pass.k, *p.keep, K, m, rows);
+        if (p.keep) mask.fill(pass.keep_bits, *p.keep, K, m, rows);
         for (int64_t c = part.c0; c < part.c1; c += kChunk) {
           const Block block = pass.block(x, m, rows, c, std::min(kChunk, part.c1 - c), p.keep ? mask.at(c) : nullptr);
           pass.k.rowdot(block, a[i].at(c), p.R, c > part.c0, out, scratch);
@@ -265,7 +266,7 @@ void dx_pass(DType dtype, int64_t M, int64_t K, Tall dx, Tall x, c10::ArrayRef<E
       for (size_t i = 0; i < expansions.size(); ++i) {
         const Expansion& e = expansions[i];
         const void* g_rows = offset(e.g, m * e.R, dtype);
-        if (e.keep) mask.fill(pass.k, *e.keep, K, m, rows);
+        if (e.keep) mask.fill(pass.keep_bits, *e.keep, K, m, rows);
         for (int64_t c = part.c0; dx.data && c < part.c1; c += kChunk)
           pass.k.update(pass.block(dx, m, rows, c, std::min(kChunk, part.c1 - c), e.keep ? mask.at(c) : nullptr),
                         g_rows, a[i].at(c), e.R, scratch);

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "../common/keep_bits.h"
 #include "columns.h"
 #include "gradient.h"
 #include "skinny.h"

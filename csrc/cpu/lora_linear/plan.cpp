@@ -2,8 +2,8 @@
 
 #include <c10/util/Exception.h>
 
+#include "../common/isa.h"
 #include "fused.h"
-#include "isa.h"
 
 namespace lorasp {
 namespace {

@@ -4,25 +4,14 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../philox.h"
+#include "../common/dtype.h"
 
 namespace lorasp {
-
-struct bf16 {
-  uint16_t bits;
-};
-struct f16 {
-  uint16_t bits;
-};
-enum class DType { kF32, kBF16, kF16 };
 
 constexpr int64_t kBlockM = 64;  // 64 x 2048 halves are 256 KiB: a block stays in L2 while two kernels read it
 constexpr int64_t kChunk = 2048;
 constexpr int64_t kPanel = 32;  // columns in one panel of a packed factor or accumulator
 constexpr int64_t kMaskWords = kChunk / 32;
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // Ranks are padded to equal tiles of at most 16, the rows of an AMX tile.
 constexpr int64_t rank_tiles(int64_t R) { return ceil_div(R, 16); }
@@ -62,13 +51,14 @@ struct Kernels {
   void (*outer)(const Block& x, const void* s, int64_t R, bool accumulate, float* acc, void* scratch);
   // Rounds scale * in to the compute dtype.
   void (*round)(const float* in, float scale, int64_t count, void* out);
-  // Bits of elements start ... start + count - 1; bits past count in the last word are unspecified.
-  void (*keep_bits)(const KeepMask& mask, int64_t start, int64_t count, uint32_t* out);
   // Gives back what a thread holds while it runs kernels (AMX tiles); may be nullptr.
   void (*release)();
   // Column c of a panel of acc stands at position panel_order[c].
   const uint8_t* panel_order;
 };
+
+// The kernels of the instruction set in use.
+const Kernels& kernels(DType dtype);
 
 // One table per compute dtype, in the order of DType.
 namespace portable {

@@ -21,12 +21,11 @@
 #define LORASP_ISA amx
 #define LORASP_AVX512
 #define LORASP_AVX512_BF16
-#include "simd_avx512.h"
+#include "../common/simd_avx512.h"
 
-#include "amx_tiles.h"
-#include "keep_bits.h"
+#include "../common/amx_tiles.h"
 #include "skinny_impl.h"
-#include "transpose16.h"
+#include "../common/transpose16.h"
 
 #include "dot_bf16.h"
 
@@ -306,7 +305,7 @@ struct Tiled {
 const Kernels kKernels[3] = {
     make_kernels<Wide<float>>(),
     {Tiled::rowdot_bytes, Tiled::update_bytes, Tiled::scratch_bytes, Tiled::pack_rowdot, Tiled::pack_update,
-     Tiled::rowdot, Tiled::update, Tiled::outer, round<bf16>, keep_bits, tiles_release, kUnpackOrder},
+     Tiled::rowdot, Tiled::update, Tiled::outer, round<bf16>, tiles_release, kUnpackOrder},
     make_kernels<Wide<f16>>()};
 
 }  // namespace lorasp::amx

@@ -14,9 +14,8 @@
 #endif
 #define LORASP_ISA avx2
 #define LORASP_AVX2
-#include "simd_avx2.h"
+#include "../common/simd_avx2.h"
 
-#include "keep_bits.h"
 #include "skinny_impl.h"
 
 namespace lorasp::avx2 {

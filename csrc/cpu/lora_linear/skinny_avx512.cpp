@@ -19,9 +19,8 @@
 #endif
 #define LORASP_ISA avx512
 #define LORASP_AVX512
-#include "simd_avx512.h"
+#include "../common/simd_avx512.h"
 
-#include "keep_bits.h"
 #include "skinny_impl.h"
 
 namespace lorasp::avx512 {

@@ -20,9 +20,8 @@
 #define LORASP_ISA avx512_bf16
 #define LORASP_AVX512
 #define LORASP_AVX512_BF16
-#include "simd_avx512.h"
+#include "../common/simd_avx512.h"
 
-#include "keep_bits.h"
 #include "skinny_impl.h"
 #include "dot_bf16.h"
 

@@ -1,13 +1,12 @@
 // The skinny products in terms of vector lanes. Included once per instruction set. A Dot says how elements are loaded,
 // paired and multiplied: kPair elements along the reduced dimension share one 32-bit lane; products are summed in fp32.
 #pragma once
-#include "keep_bits.h"
 #if defined(LORASP_AVX512)
-#include "simd_avx512.h"
+#include "../common/simd_avx512.h"
 #elif defined(LORASP_AVX2)
-#include "simd_avx2.h"
+#include "../common/simd_avx2.h"
 #else
-#include "simd_portable.h"
+#include "../common/simd_portable.h"
 #endif
 
 namespace lorasp::LORASP_ISA {
@@ -347,9 +346,8 @@ void round(const float* in, float scale, int64_t count, void* out) {
 
 template <class Dot>
 constexpr Kernels make_kernels() {
-  return {rowdot_bytes<Dot>, update_bytes<Dot>, scratch_bytes<Dot>, pack_rowdot<Dot>,       pack_update<Dot>,
-          rowdot<Dot>,       update<Dot>,       outer<Dot>,         round<typename Dot::X>, keep_bits,
-          nullptr,           Dot::kPanelOrder};
+  return {rowdot_bytes<Dot>, update_bytes<Dot>, scratch_bytes<Dot>,     pack_rowdot<Dot>, pack_update<Dot>, rowdot<Dot>,
+          update<Dot>,       outer<Dot>,        round<typename Dot::X>, nullptr,          Dot::kPanelOrder};
 }
 
 }  // namespace

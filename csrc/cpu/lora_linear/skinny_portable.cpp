@@ -3,9 +3,8 @@
 #include "skinny.h"
 
 #define LORASP_ISA portable
-#include "simd_portable.h"
+#include "../common/simd_portable.h"
 
-#include "keep_bits.h"
 #include "skinny_impl.h"
 
 namespace lorasp::portable {

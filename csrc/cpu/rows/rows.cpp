@@ -1,6 +1,6 @@
 #include "rows.h"
 
-#include "isa.h"
+#include "../common/isa.h"
 
 namespace lorasp {
 

@@ -3,7 +3,7 @@
 #pragma once
 #include <cstdint>
 
-#include "skinny.h"
+#include "../common/dtype.h"
 
 namespace lorasp {
 

@@ -14,9 +14,9 @@
 #endif
 #define LORASP_ISA avx2
 #define LORASP_AVX2
-#include "simd_avx2.h"
+#include "../common/simd_avx2.h"
 
-#include "simd_exp.h"
+#include "../common/simd_exp.h"
 
 #include "simd_softmax.h"
 

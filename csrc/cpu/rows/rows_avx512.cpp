@@ -19,9 +19,9 @@
 #endif
 #define LORASP_ISA avx512
 #define LORASP_AVX512
-#include "simd_avx512.h"
+#include "../common/simd_avx512.h"
 
-#include "simd_exp.h"
+#include "../common/simd_exp.h"
 
 #include "simd_softmax.h"
 

@@ -20,9 +20,9 @@
 #define LORASP_ISA avx512_bf16
 #define LORASP_AVX512
 #define LORASP_AVX512_BF16
-#include "simd_avx512.h"
+#include "../common/simd_avx512.h"
 
-#include "simd_exp.h"
+#include "../common/simd_exp.h"
 
 #include "simd_softmax.h"
 

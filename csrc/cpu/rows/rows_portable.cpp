@@ -3,9 +3,9 @@
 #include "rows.h"
 
 #define LORASP_ISA portable
-#include "simd_portable.h"
+#include "../common/simd_portable.h"
 
-#include "simd_exp.h"
+#include "../common/simd_exp.h"
 
 #include "simd_softmax.h"
 

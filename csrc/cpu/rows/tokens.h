@@ -1,6 +1,6 @@
 // Tensors of rows (B, S, F) as hidden_cut and consistency see them: two leading strides, unit stride in the row.
 #pragma once
-#include "arguments.h"
+#include "../common/arguments.h"
 
 namespace lorasp {
 
