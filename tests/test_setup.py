@@ -40,6 +40,16 @@ def test_without_nvcc_or_a_cuda_torch_nothing_of_cuda_is_built(extension, cuda, 
     assert "TORCH_CUDA_ARCH_LIST" not in os.environ
 
 
+def test_every_cpp_source_is_built_and_every_header_watched(extension):
+    built = extension(None, None)
+    sources, headers = (
+        {str(file.relative_to(ROOT)) for pattern in patterns for file in (ROOT / "csrc").rglob(pattern)}
+        for patterns in (["*.cpp"], ["*.h", "*.cuh"])
+    )
+    assert set(built.sources) == sources
+    assert set(built.depends) == headers
+
+
 @pytest.mark.parametrize(
     ("cuda", "architectures"),
     [("12.6", "8.0;9.0+PTX"), ("12.8", "8.0;9.0;10.0;12.0+PTX"), ("13.0", "8.0;9.0;10.0;12.0+PTX")],
