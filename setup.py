@@ -37,8 +37,8 @@ def extensions():
     extension = kind(
         "lorasp._C",
         sources,
-        # A change of one of these alone rebuilds, and a source distribution carries them.
-        depends=sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/cuda/*.cuh")),
+        # What a source distribution carries beside the sources.
+        depends=sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/cuda/*.cu*")),
         include_dirs=[os.path.join(os.path.dirname(os.path.abspath(__file__)), "csrc")],
         define_macros=macros,
         extra_compile_args=flags,

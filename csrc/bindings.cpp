@@ -6,6 +6,7 @@
 
 #include <string>
 
+#include "cpu/common/dtype.h"
 #include "cpu/common/isa.h"
 #include "cpu/common/keep_bits.h"
 #include "cpu/common/scratch.h"

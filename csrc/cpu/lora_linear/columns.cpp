@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "../common/dtype.h"
 #include "../common/isa.h"
 
 #if defined(__x86_64__)

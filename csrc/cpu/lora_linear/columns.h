@@ -3,8 +3,6 @@
 #include <cstdint>
 #include <vector>
 
-#include "skinny.h"
-
 namespace lorasp {
 
 // index: ascending, inside [0, width), count of them; not copied.

@@ -5,9 +5,9 @@
 
 #include <optional>
 
+#include "../common/dtype.h"
 #include "../common/keep_bits.h"
 #include "gemm.h"
-#include "skinny.h"
 
 namespace lorasp {
 

@@ -5,8 +5,8 @@
 #include <string>
 #include <string_view>
 
+#include "../common/dtype.h"
 #include "gemm.h"
-#include "skinny.h"
 
 namespace lorasp {
 
