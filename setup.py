@@ -23,7 +23,7 @@ def extensions():
     if shutil.which(compiler.split()[0]) is None and (os.environ.get("CXX") or shutil.which("g++") is None):
         print(f"lorasp: no C++ compiler ({compiler}): installing without the C++ extension", file=sys.stderr)
         return [], {}
-    sources = sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp"))
+    sources = sorted(glob("csrc/*.cpp") + glob("csrc/cpu/**/*.cpp", recursive=True))
     # -fopenmp at compile time only: the runtime must be the one libtorch_cpu already loads.
     flags = {"cxx": ["-O3", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall"]}
     kind, macros = cpp_extension.CppExtension, []
@@ -37,6 +37,8 @@ def extensions():
     extension = kind(
         "lorasp._C",
         sources,
+        # What a source distribution carries beside the sources.
+        depends=sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/cuda/*.cu*")),
         include_dirs=[os.path.join(os.path.dirname(os.path.abspath(__file__)), "csrc")],
         define_macros=macros,
         extra_compile_args=flags,

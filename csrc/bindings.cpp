@@ -6,9 +6,11 @@
 
 #include <string>
 
-#include "cpu/isa.h"
-#include "cpu/plan.h"
-#include "cpu/scratch.h"
+#include "cpu/common/dtype.h"
+#include "cpu/common/isa.h"
+#include "cpu/common/keep_bits.h"
+#include "cpu/common/scratch.h"
+#include "cpu/lora_linear/plan.h"
 
 namespace py = pybind11;
 
@@ -51,7 +53,7 @@ py::bytes keep_mask(int64_t seed, int64_t start, int64_t count, uint32_t thresho
   if (start < 0 || count < 0) throw py::value_error("keep_mask: start and count must not be negative");
   std::vector<uint32_t> words(static_cast<size_t>(lorasp::ceil_div(count, 32)));
   const lorasp::KeepMask mask{static_cast<uint64_t>(seed), purpose, member, threshold};
-  lorasp::kernels(lorasp::DType::kF32).keep_bits(mask, start, count, words.data());
+  lorasp::keep_bits_kernel()(mask, start, count, words.data());
   std::string bytes(static_cast<size_t>(count), '\0');
   for (size_t i = 0; i < bytes.size(); ++i) bytes[i] = static_cast<char>(words[i / 32] >> (i % 32) & 1);
   return bytes;

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -26,6 +27,14 @@ ALLOWED = {
     "lorasp/files": {"adapter", "config", "files", "layers", "models", "sharding"},
     "lorasp/integrations": {"config", "functional", "integrations", "layers", "models"},
     "triton_kernels": {"triton_kernels"},
+}
+# Folders of csrc that the files of one folder may include.
+CSRC = {
+    "cpu": {"cpu/common", "cpu/lora_linear", "cpu/dropkey_attention", "cpu/rows"},  # the operators
+    "cpu/lora_linear": {"cpu/lora_linear", "cpu/common"},
+    "cpu/dropkey_attention": {"cpu/dropkey_attention", "cpu/common"},
+    "cpu/rows": {"cpu/rows", "cpu/common"},
+    "cpu/common": {"cpu/common", "."},
 }
 
 
@@ -99,3 +108,17 @@ def test_arrows_run_one_way(room):
     for file in files:
         extra = imported_rooms(file) - ALLOWED[room]
         assert not extra, f"{file.relative_to(PACKAGE)} imports {extra}"
+
+
+def test_arrows_between_the_folders_of_the_cpp_kernels_run_one_way():
+    csrc = PACKAGE / "csrc"
+    seen = {}
+    for file in csrc.glob("cpu/**/*.*"):
+        for included in re.findall(r'^ *# *include +"([^"]+)"', file.read_text(), re.MULTILINE):
+            target = (file.parent / included).resolve()
+            assert target.is_file(), f"{file.relative_to(csrc)} includes {included}"
+            seen.setdefault(str(file.parent.relative_to(csrc)), set()).add(str(target.parent.relative_to(csrc)))
+    assert seen.keys() == CSRC.keys()
+    for folder, included in seen.items():
+        extra = included - CSRC[folder]
+        assert not extra, f"csrc/{folder} includes files of {extra}"

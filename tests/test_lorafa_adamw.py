@@ -1,19 +1,15 @@
-"""LoRAFAAdamW: the correction of LoRA-FA's gradient, its cache, and AdamW for everything else."""
+"""LoRAFAAdamW: the weight's gradient projected on what a B beside a frozen A can change."""
 
-import copy
-import io
 import math
-from itertools import pairwise
 
 import pytest
 import torch
-from partial_oracle import batches, loss
+from lorafa_layers import K, N, Net, R, backward, changed, factor_B, frozen, train, values
 from torch import Tensor, nn
 
-from lorasp import LoRAConfig, LoRAFAAdamW, LoRALinear, PartialAdamW, PartialConfig, inject, testing
+from lorasp import LoRAFAAdamW, LoRALinear, PartialConfig, testing
 from lorasp.adapter.adapter import Adapter
 
-K, N, R = 40, 24, 4
 DELTA = 1e-8
 SELECTIONS = {
     "all": None,
@@ -22,34 +18,6 @@ SELECTIONS = {
     "packed ranks": PartialConfig(granularity="rank"),
     "resampled ranks": PartialConfig(granularity="rank", resample=7),
 }
-
-
-def frozen(**arguments) -> LoRALinear:
-    torch.manual_seed(0)
-    return LoRALinear(K, N, **({"r": R, "lora_alpha": 3 * R, "freeze_A": True, "init_lora_weights": False} | arguments))
-
-
-def factor_B(layer: nn.Module) -> nn.Parameter:
-    (parameter,) = layer.adapters[layer.active_adapter].parameters()
-    return parameter
-
-
-def backward(layer: LoRALinear, rows: int = 16) -> Tensor:
-    """Give the layer gradients; returns that of its whole weight, in fp64."""
-    ((x, target),) = batches(1, rows, layer, layer.weight.dtype)
-    loss(layer(x), target).backward()
-    twin = copy.deepcopy(layer).double().requires_grad_(True)
-    twin.zero_grad()
-    loss(twin(x.double()), target.double()).backward()
-    return twin.weight.grad
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: int = 0) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        model(torch.randn(16, K, generator=generator)).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 def corrected(layer: LoRALinear, **arguments) -> Tensor:
@@ -208,53 +176,6 @@ class TestPeft:
             LoRAFAAdamW(self.model(use_dora=True))
 
 
-class Net(nn.Module):
-    """Two adapted layers and a head that trains whole."""
-
-    def __init__(self, **arguments):
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second, self.head = nn.Linear(K, 32), nn.Linear(32, 16), nn.Linear(16, 8)
-        config = {"r": R, "target_modules": ["first", "second"], "freeze_A": True, "init_lora_weights": False}
-        inject(self, LoRAConfig(**(config | {"modules_to_save": ["head"], "bias": "lora_only"} | arguments)))
-
-    def forward(self, x):
-        return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))))
-
-
-def values(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-
-def changed(before: dict[str, Tensor], model: nn.Module) -> set[str]:
-    return {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-
-
-def same(one: nn.Module, other: nn.Module) -> bool:
-    return not changed(values(one), other)
-
-
-def test_everything_but_B_is_stepped_by_adamw():
-    ours, plain = Net(), Net()
-    before, hyper = values(ours), {"lr": 1e-2, "eps": 1e-6, "weight_decay": 0.1}
-    train(ours, LoRAFAAdamW(ours, **hyper), 1)
-    train(plain, PartialAdamW(plain, **hyper), 1)
-    factors = {f"{name}.adapters.default.lora_B" for name in ("first", "second")}
-    assert changed(values(plain), ours) == factors
-    assert changed(before, ours) == factors | {"first.bias", "second.bias", "head.weight", "head.bias"}
-
-
-def test_B_beside_an_A_that_trains_is_stepped_by_adamw():
-    def model():
-        torch.manual_seed(0)
-        return nn.Sequential(frozen(), LoRALinear(N, K, r=R, init_lora_weights=False))
-
-    ours, plain = model(), model()
-    train(ours, LoRAFAAdamW(ours, lr=1e-2), 1)
-    train(plain, PartialAdamW(plain, lr=1e-2, eps=1e-6, weight_decay=0.0), 1)
-    assert changed(values(plain), ours) == {"0.adapters.default.lora_B"}
-
-
 def test_the_gradient_itself_is_left_alone():
     layer = frozen()
     backward(layer)
@@ -325,132 +246,3 @@ class TestInverse:
         layer.adapters.default.resample()
         train(layer, optimizer, 2)
         assert len(made) == 2
-
-
-@pytest.mark.parametrize(
-    "partial", [None, PartialConfig(), PartialConfig(resample=3)], ids=["all", "packed", "resampled"]
-)
-def test_training_goes_on_after_save_and_load(partial):
-    model = Net(partial=partial)
-    optimizer = LoRAFAAdamW(model, lr=1e-2, weight_decay=0.1)
-    train(model, optimizer, 4)
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file := io.BytesIO())
-    saved = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
-    fresh = Net(partial=partial)
-    with torch.no_grad():
-        fresh.first.set_lora(torch.zeros(R, K), torch.zeros(32, R))
-    other = LoRAFAAdamW(fresh, lr=1.0)
-    fresh.load_state_dict(saved["model"])
-    other.load_state_dict(saved["optimizer"])
-    for one, its in ((model, optimizer), (fresh, other)):
-        train(one, its, 4, seed=4)
-    assert same(model, fresh)
-
-
-def test_a_copy_of_model_and_optimizer_trains_like_them():
-    model = Net()
-    optimizer = LoRAFAAdamW(model, lr=1e-2)
-    train(model, optimizer, 2)
-    twin, its = copy.deepcopy((model, optimizer))
-    for one, own in ((model, optimizer), (twin, its)):
-        train(one, own, 2, seed=1)
-    assert same(model, twin)
-    before = values(model)
-    train(twin, its, 1)
-    assert not changed(before, model)
-
-
-def test_param_groups_and_schedulers():
-    model = Net()
-    groups = [
-        {"params": [model.first.adapters.default.lora_B], "lr": 0.0, "weight_decay": 0.5},
-        {"params": [model.second.adapters.default.lora_B, *model.head.parameters()]},
-    ]
-    optimizer = LoRAFAAdamW(model, groups, lr=1e-2)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(step < 2))
-    history = [values(model)]
-    for seed in range(3):
-        train(model, optimizer, 1, seed)
-        scheduler.step()
-        history.append(values(model))
-    moved = {"second.adapters.default.lora_B", "head.weight", "head.bias"}
-    changes = [{name for name in old if not torch.equal(old[name], new[name])} for old, new in pairwise(history)]
-    assert changes == [moved, moved, set()]
-
-
-def test_a_parameter_without_a_gradient_is_left_alone():
-    model = Net()
-    optimizer, before = LoRAFAAdamW(model, lr=1e-2, weight_decay=0.1), values(model)
-    model(torch.randn(4, K)).sum().backward()
-    skipped = model.first.adapters.default.lora_B
-    skipped.grad = None
-    optimizer.step()
-    assert "first.adapters.default.lora_B" not in changed(before, model)
-    assert "second.adapters.default.lora_B" in changed(before, model)
-    assert skipped not in optimizer.state
-
-
-def test_a_closure_is_called_with_gradients_on():
-    model = Net()
-    optimizer, before, x = LoRAFAAdamW(model), values(model), torch.randn(4, K)
-
-    def closure():
-        optimizer.zero_grad()
-        value = model(x).square().mean()
-        value.backward()
-        return value
-
-    expected = model(x).square().mean().detach()
-    assert torch.equal(optimizer.step(closure), expected)
-    assert changed(before, model)
-
-
-@pytest.fixture
-def process_group():
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
-def test_a_sharded_B(process_group):
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import DeviceMesh
-
-    plain, sharded = Net(), Net()
-    fully_shard(sharded, mesh=DeviceMesh("cpu", [0]))
-    for model in (plain, sharded):
-        train(model, LoRAFAAdamW(model, lr=1e-2), 3)
-    assert hasattr(factor_B(sharded.first), "placements")
-    for name, value in sharded.named_parameters():
-        assert torch.equal(value.full_tensor(), plain.get_parameter(name)), name
-
-
-def test_a_B_sharded_across_its_columns_is_refused(process_group):
-    from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
-
-    layer = frozen()
-    spread = distribute_tensor(factor_B(layer).detach(), DeviceMesh("cpu", [0]), [Shard(1)])
-    layer.adapters.default.lora_B = nn.Parameter(spread)
-    with pytest.raises(ValueError, match=r"LoRAFAAdamW: lora_B must be sharded by whole rows, got S"):
-        LoRAFAAdamW(layer)
-
-
-@pytest.mark.parametrize(
-    ("model", "arguments", "kind", "message"),
-    [
-        (lambda: [nn.Parameter(torch.zeros(2))], {}, TypeError, "model must be an nn.Module, got list"),
-        (lambda: LoRALinear(K, N), {}, ValueError, r"params must hold a lora_B .* \(freeze_A=True\), got none"),
-        (lambda: nn.Linear(K, N), {}, ValueError, "params must hold a lora_B whose lora_A is frozen"),
-        (frozen, {"params": [nn.Parameter(torch.zeros(2))]}, ValueError, "params must hold a lora_B"),
-        (
-            lambda: frozen(partial=PartialConfig(granularity="element")), {}, ValueError,
-            "granularity must be 'feature', 'rank' or 'matrix' where A is frozen, got 'element'",
-        ),
-        (frozen, {"lr": -1.0}, ValueError, "lr must be a finite number >= 0, got -1.0"),
-        (frozen, {"betas": (0.9,)}, ValueError, r"betas must be two numbers in \[0, 1\), got \(0.9,\)"),
-    ],
-)  # fmt: skip
-def test_refused(model, arguments, kind, message):
-    with pytest.raises(kind, match=f"LoRAFAAdamW: {message}"):
-        LoRAFAAdamW(model(), **arguments)

@@ -1,4 +1,4 @@
-"""PartialAdamW and its raw ops: AdamW where a selection is, not a bit changed elsewhere."""
+"""PartialAdamW: AdamW where a selection is, over resamplings, saved and loaded."""
 
 import copy
 import io
@@ -11,14 +11,8 @@ from torch import nn
 
 import lorasp
 from lorasp import LoRAConfig, LoRALinear, PartialAdamW, PartialConfig, inject, testing
-from lorasp.ops import registry
-from lorasp.ops.partial_adamw import step_ops
 
 K, N, R = 40, 24, 4
-P, Q = 37, 101
-BACKENDS = [name for name in ("reference", "cpp", "triton") if registry.unsupported(name, "cpu", torch.float32) is None]
-ACTIVE_SHAPES = {"everything": None, "all or nothing": (1, 1), "rows": (P, 1), "columns": (1, Q), "entries": (P, Q)}
-HYPER = (1e-2, *BETAS, EPS, WEIGHT_DECAY)
 
 
 def layer_that_resamples(granularity="feature", resample=3, **arguments) -> LoRALinear:
@@ -48,85 +42,6 @@ def masks(layer: LoRALinear) -> list[torch.Tensor]:
 
 def same(left, right) -> bool:
     return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
-
-
-class TestRawOp:
-    def run(self, backend, dtype, shape, *, values=None, taken=0, poison=False) -> list[torch.Tensor]:
-        """param, exp_avg, exp_avg_sq, step after three steps over changing selections; values: dtype of the numbers."""
-        torch.manual_seed(1)
-        param = torch.randn(P, Q).to(values or dtype).to(dtype)
-        moments = [torch.zeros_like(param), torch.zeros_like(param)]
-        steps = torch.randint(taken, taken + 3, shape or (1,), dtype=torch.int32)
-        for _ in range(3):
-            grad = torch.randn(P, Q).to(values or dtype).to(dtype)
-            active = None if shape is None else torch.rand(shape) < 0.5
-            resting = torch.zeros(P, Q, dtype=torch.bool) if shape is None else ~active.expand(P, Q)
-            before = [tensor.clone() for tensor in (param, *moments)]
-            if poison:
-                grad.masked_fill_(resting, torch.nan)
-            step_ops[backend]([param], [grad], *([moment] for moment in moments), [steps], [active], *HYPER)
-            for old, new in zip(before, (param, *moments), strict=True):
-                assert torch.equal(old[resting], new[resting])
-        return [param, *moments, steps]
-
-    @pytest.mark.parametrize("taken", [0, 2**20])
-    @pytest.mark.parametrize("kind", ACTIVE_SHAPES)
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-    @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
-    def test_every_backend_computes_the_reference(self, backend, dtype, kind, taken):
-        if reason := registry.unsupported(backend, "cpu", dtype):
-            pytest.skip(reason)
-        shape = ACTIVE_SHAPES[kind]
-        actual, reference = (self.run(name, dtype, shape, taken=taken) for name in (backend, "reference"))
-        reference64 = self.run("reference", torch.float64, shape, values=dtype, taken=taken)
-        for what, *tensors in zip(("param", "exp_avg", "exp_avg_sq"), actual, reference, reference64, strict=False):
-            testing.assert_close(*tensors, dtype, what)
-        assert torch.equal(actual[3], reference[3])
-
-    @pytest.mark.parametrize("kind", [kind for kind in ACTIVE_SHAPES if kind != "everything"])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    @pytest.mark.parametrize("backend", BACKENDS)
-    def test_nothing_leaks_in_from_where_nothing_is_active(self, backend, dtype, kind):
-        if reason := registry.unsupported(backend, "cpu", dtype):
-            pytest.skip(reason)
-        tensors = self.run(backend, dtype, ACTIVE_SHAPES[kind], poison=True)
-        assert all(tensor.isfinite().all() for tensor in tensors)
-        assert tensors[3].unique().numel() > 1 or kind == "all or nothing"
-
-    def test_the_compiled_op_serves_what_it_can(self):
-        assert registry.choose("partial_adamw", "cpu", torch.bfloat16) == ("cpp" if "cpp" in BACKENDS else "reference")
-        assert registry.choose("partial_adamw", "cpu", torch.float64) == "reference"
-
-    @pytest.mark.parametrize("kind", ACTIVE_SHAPES)
-    @pytest.mark.parametrize("backend", BACKENDS)
-    def test_opcheck(self, backend, kind):
-        shape = ACTIVE_SHAPES[kind]
-        steps, active = (
-            torch.zeros(shape or (1,), dtype=torch.int32),
-            None if shape is None else torch.rand(shape) < 0.5,
-        )
-        tensors = [[torch.rand(P, Q)] for _ in range(4)]
-        torch.library.opcheck(step_ops[backend], (*tensors, [steps], [active], *HYPER))
-
-    @pytest.mark.parametrize("backend", BACKENDS)
-    def test_many_parameters_of_any_shape_and_layout(self, backend):
-        shapes, generator = [(), (7,), (3, 4, 5), (0, 3), (2000, 3)], torch.Generator().manual_seed(0)
-        params = [torch.randn(shape, generator=generator) for shape in shapes]
-        params += [torch.randn(9, 5, generator=generator).t(), torch.randn(4, 12, generator=generator)[:, ::2]]
-        plain = [nn.Parameter(param.clone()) for param in params]
-        states = [[torch.zeros_like(param) for param in params] for _ in range(2)]
-        steps = [torch.zeros(1, dtype=torch.int32) for _ in params]
-        grads = [torch.randn(param.shape, generator=generator) for param in params]
-        step_ops[backend](params, grads, *states, steps, [None] * len(params), *HYPER)
-        exact = [param.double() for param in plain]
-        for many, dtype in ((plain, torch.float32), (exact, torch.float64)):
-            many = many if many is plain else [nn.Parameter(param.detach()) for param in many]
-            for parameter, grad in zip(many, grads, strict=True):
-                parameter.grad = grad.to(dtype)
-            torch.optim.AdamW(many, lr=HYPER[0], betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY).step()
-            exact = many
-        for index, tensors in enumerate(zip(params, plain, exact, strict=True)):
-            testing.assert_close(*tensors, torch.float32, str(shapes[index : index + 1]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -396,26 +311,3 @@ def test_sparse_gradients_are_refused():
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(RuntimeError, match="PartialAdamW: gradients must be dense, got a sparse one"):
         PartialAdamW(embedding).step()
-
-
-@pytest.mark.skipif(registry.available_backends()["cpp"] is not None, reason="the C++ extension is not built")
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            {0: torch.zeros(3, 4, dtype=torch.float64)},
-            r"params\[0\] must be float32, bfloat16 or float16 .* got Double",
-        ),
-        ({1: torch.zeros(4, 3)}, r"grads\[0\] must be \[3, 4\], got \[4, 3\]"),
-        ({2: torch.zeros(3, 4).half()}, r"exp_avgs\[0\] must be Float, got Half"),
-        ({4: torch.zeros(3, dtype=torch.int32)}, r"steps\[0\] must be contiguous int32 like its active"),
-        ({5: torch.ones(2, 4, dtype=torch.bool)}, r"actives\[0\] must be \(1 or 3, 1 or 4\), got \[2, 4\]"),
-        ({5: torch.ones(3, 1, dtype=torch.bool)}, r"steps\[0\] must be \[3, 1\], got \[1\]"),
-    ],
-)
-def test_the_cpp_op_refuses(change, message):
-    tensors = [torch.zeros(3, 4) for _ in range(4)] + [torch.zeros(1, dtype=torch.int32), None]
-    for index, tensor in change.items():
-        tensors[index] = tensor
-    with pytest.raises((ValueError, TypeError), match=f"partial_adamw: {message}"):
-        step_ops["cpp"](*([tensor] for tensor in tensors), *HYPER)

@@ -40,6 +40,14 @@ def test_without_nvcc_or_a_cuda_torch_nothing_of_cuda_is_built(extension, cuda, 
     assert "TORCH_CUDA_ARCH_LIST" not in os.environ
 
 
+def test_every_cpp_source_is_built_and_a_source_distribution_has_all_the_rest(extension):
+    built = extension(None, None)
+    files = {str(file.relative_to(ROOT)) for file in (ROOT / "csrc").rglob("*.*")}
+    sources = {file for file in files if file.endswith(".cpp")}
+    assert set(built.sources) == sources
+    assert set(built.depends) == files - sources
+
+
 @pytest.mark.parametrize(
     ("cuda", "architectures"),
     [("12.6", "8.0;9.0+PTX"), ("12.8", "8.0;9.0;10.0;12.0+PTX"), ("13.0", "8.0;9.0;10.0;12.0+PTX")],

@@ -16,7 +16,7 @@ HYPER = (1e-2, 0.9, 0.999, 1e-8, 0.1)
 
 
 def test_interpreted():
-    run_interpreted("test_optim.py", "-k", "TestRawOp and triton")
+    run_interpreted("test_partial_adamw.py", "-k", "TestRawOp and triton")
 
 
 def test_cpu_tensors_are_refused_where_kernels_are_compiled():

@@ -11,8 +11,8 @@
 #include <limits>
 #include <optional>
 
-#include "rows.h"
-#include "tokens.h"
+#include "rows/rows.h"
+#include "rows/tokens.h"
 
 namespace lorasp {
 namespace {

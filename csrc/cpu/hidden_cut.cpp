@@ -10,9 +10,9 @@
 #include <optional>
 #include <vector>
 
-#include "isa.h"
-#include "rows.h"
-#include "tokens.h"
+#include "common/keep_bits.h"
+#include "rows/rows.h"
+#include "rows/tokens.h"
 
 namespace lorasp {
 namespace {
@@ -70,7 +70,7 @@ void apply(const Cut& cut, Rows x, std::optional<Rows> residual, const Tensor& o
     if (residual) residual->flatten();
   }
   const RowKernels& rows = row_kernels();
-  const Kernels& masks = kernels(DType::kF32);
+  const KeepBits keep_bits = keep_bits_kernel();
   const DType out_dtype = compute_dtype("hidden_cut", "out", out);
   const RowKernels::Cut all = residual ? rows.add[static_cast<int>(x.dtype)][static_cast<int>(residual->dtype)]
                                        : rows.plain[static_cast<int>(x.dtype)][static_cast<int>(out_dtype)];
@@ -88,7 +88,7 @@ void apply(const Cut& cut, Rows x, std::optional<Rows> residual, const Tensor& o
       const void* added = residual ? residual->at(row, column) : nullptr;
       char* result = to + element * itemsize;
       if (cut.by_element) {
-        masks.keep_bits(cut.mask(), element, count, bits);
+        keep_bits(cut.mask(), element, count, bits);
         all(from, added, bits, cut.rescale, count, result);
       } else if (cut.keeps(row)) {
         all(from, added, nullptr, 1.0f, count, result);

@@ -6,11 +6,11 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include "arguments.h"
-#include "frozen.h"
-#include "fused.h"
-#include "plan.h"
-#include "scratch.h"
+#include "common/scratch.h"
+#include "lora_linear/arguments.h"
+#include "lora_linear/frozen.h"
+#include "lora_linear/fused.h"
+#include "lora_linear/plan.h"
 
 namespace lorasp {
 namespace {

@@ -13,12 +13,12 @@
 
 #include <vector>
 
-#include "arguments.h"
-#include "frozen.h"
-#include "fused.h"
-#include "partial.h"
-#include "plan.h"
-#include "scratch.h"
+#include "common/scratch.h"
+#include "lora_linear/arguments.h"
+#include "lora_linear/frozen.h"
+#include "lora_linear/fused.h"
+#include "lora_linear/partial.h"
+#include "lora_linear/plan.h"
 
 namespace lorasp {
 namespace {

@@ -7,8 +7,8 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include "arguments.h"
-#include "scratch.h"
+#include "common/scratch.h"
+#include "lora_linear/arguments.h"
 
 namespace lorasp {
 namespace {
