@@ -13,8 +13,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 from lorasp import rng
 from lorasp.ops import lora_linear as ops
 from lorasp.testing import Case, assert_close, check_case, make_inputs
+from lorasp.triton_kernels import launch, tuning
 from lorasp.triton_kernels import lora_linear as kernels
-from lorasp.triton_kernels import tuning
 
 TESTS = Path(__file__).parent
 PLANS = ("addmm", "fused", "onepass")
@@ -262,20 +262,19 @@ def test_gpu_beyond_2_to_31_elements(plan, K, N):
 
 
 @pytest.mark.gpu
-def test_gpu_tensor_descriptors_serve_aligned_half_precision(monkeypatch):
+def test_gpu_tensor_descriptors_serve_aligned_half_precision():
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("tensor descriptors need sm_90")
     names = []
-    launch = kernels.launch
 
-    def spy(kernel, *arguments, **options):
+    def note(kernel, *rest):
         names.append(kernel.__name__)
-        launch(kernel, *arguments, **options)
+        launch.run(kernel, *rest)
 
-    monkeypatch.setattr(kernels, "launch", spy)
-    for plan in ("fused", "onepass"):
-        for result in check_case(Case(512, 512, 768, 16, dtype=torch.bfloat16), "triton", plan, "cuda"):
-            assert result.ok, result
+    with launch.intercept(note):
+        for plan in ("fused", "onepass"):
+            for result in check_case(Case(512, 512, 768, 16, dtype=torch.bfloat16), "triton", plan, "cuda"):
+                assert result.ok, result
     assert names.count("_lora_linear_gemm_tma_kernel") == 3
     assert names.count("_lora_linear_onepass_tma_kernel") == 1
 

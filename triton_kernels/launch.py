@@ -1,13 +1,15 @@
 """The one place where kernels are launched, so that a launch can also be recorded and compiled without a GPU."""
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import tuning
@@ -26,7 +28,8 @@ _TYPES = {
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Stated, because Triton warns about its own default, which changes in 3.10.
 _OPTIONS = {"enable_fp_fusion": True}
-_recording: tuple[tuning.Target, list] | None = None
+_interceptor: Callable | None = None
+_recorded_target: tuning.Target | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class CompileCase:
 
 def target_of(tensor: torch.Tensor) -> tuning.Target:
     """The hardware a launch on this tensor is for."""
-    return tuning.target_of_device(tensor.device) if _recording is None else _recording[0]
+    return _recorded_target or tuning.target_of_device(tensor.device)
 
 
 def check_operand(operator: str, name: str, tensor: torch.Tensor) -> None:
@@ -77,9 +80,14 @@ def check_operand(operator: str, name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{operator}: {name} must be float32 or float16 under TRITON_INTERPRET=1, got bfloat16")
 
 
+_HERE = contextlib.nullcontext()
+
+
 def device_of(tensor: torch.Tensor):
     """A context with the tensor's device: Triton launches on the current one, not on the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(tensor.device)
 
 
 def precision_of(tensor: torch.Tensor) -> str:
@@ -89,25 +97,117 @@ def precision_of(tensor: torch.Tensor) -> str:
 
 
 def launch(kernel, grid: tuple[int, ...], arguments: dict, num_warps: int, num_stages: int) -> None:
-    """Run `kernel` over `grid`; arguments by name, constexprs included. Under record(), note it instead."""
-    if _recording is None:
-        kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages, **_OPTIONS)
-        return
-    target, cases = _recording
-    case = _specialize(kernel, arguments, target, num_warps, num_stages)
-    if case not in cases:
-        cases.append(case)
+    """Run `kernel` over `grid`; arguments by name, constexprs included. Under intercept(), hand it to that instead."""
+    (run if _interceptor is None else _interceptor)(kernel, grid, arguments, num_warps, num_stages)
+
+
+def run(kernel, grid, arguments, num_warps, num_stages) -> CompiledKernel | None:
+    """Run the kernel; what the JIT compiled or found for it, None from the interpreter."""
+    return kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages, **_OPTIONS)
+
+
+@contextlib.contextmanager
+def intercept(action: Callable) -> Iterator[None]:
+    """Inside the block every launch is action(kernel, grid, arguments, num_warps, num_stages), which may call run()."""
+    global _interceptor
+    before, _interceptor = _interceptor, action
+    try:
+        yield
+    finally:
+        _interceptor = before
+
+
+class Launch:
+    """A kernel on a grid whose arguments are fixed but for `free`, in this order: what one shape's calls share.
+
+    The JIT analyses every argument of every call. Here the first call of a kind goes through it, later ones hand their
+    arguments to the kernel it compiled. A kind is what the JIT would see of the free arguments: of a tensor its device,
+    dtype, presence and whether it starts at a multiple of 16 bytes. Free numbers must be floats, or integers that the
+    kernel does not specialise and that stay in int32 (a kernel compiled for one value serves all of them).
+    """
+
+    def __init__(
+        self, kernel, grid: tuple[int, ...], arguments: dict, free: Sequence[str], num_warps: int, num_stages: int
+    ):
+        self._kernel, self._grid, self._options = kernel, (*grid, 1, 1)[:3], (num_warps, num_stages)
+        self._free, self._names = tuple(free), tuple(kernel.arg_names)
+        if arguments.keys() | set(free) != set(self._names) or arguments.keys() & set(free):
+            wrong = sorted(arguments.keys() ^ set(self._names) ^ set(free))
+            raise TypeError(f"{kernel.__name__}: arguments {wrong} do not fit")
+        self._template = [arguments.get(name) for name in self._names]
+        self._slots = [self._names.index(name) for name in free]
+        # By their names: what is free is a pointer, a descriptor, which the shape determines, or a number.
+        self._pointers = [i for i, name in enumerate(free) if name.endswith("_ptr")]
+        self._runners: dict[tuple, Callable] = {}
+
+    def __call__(self, *values) -> None:
+        arguments = self._template.copy()
+        for slot, value in zip(self._slots, values, strict=True):
+            arguments[slot] = value
+        if _interceptor is not None or INTERPRETED:
+            launch(self._kernel, self._grid, dict(zip(self._names, arguments, strict=True)), *self._options)
+            return
+        kind = self.kind(values)
+        runner = self._runners.get(kind)
+        if runner is not None:
+            runner(*arguments)
+            return
+        self._check_numbers(values)
+        compiled = run(self._kernel, self._grid, dict(zip(self._names, arguments, strict=True)), *self._options)
+        if isinstance(compiled, CompiledKernel):
+            self._runners[kind] = compiled[self._grid]
+
+    def _check_numbers(self, values: Sequence[object]) -> None:
+        for slot, value in zip(self._slots, values, strict=True):
+            parameter = self._kernel.params[slot]
+            if isinstance(value, int) and not (parameter.do_not_specialize and -(2**31) <= value < 2**31):
+                raise TypeError(f"{self._kernel.__name__}: {parameter.name} must not be free: its value is compiled in")
+
+    def kind(self, values: Sequence[object]) -> tuple:
+        """What the JIT's specialisation depends on beyond the fixed arguments, and the device of the kernel."""
+        kind = []
+        for i in self._pointers:
+            pointer: Tensor | None = values[i]
+            if pointer is None:
+                kind.append(None)
+            else:
+                kind += (pointer.dtype, pointer.data_ptr() % 16 == 0)
+        kind.append(values[self._pointers[0]].get_device())
+        return tuple(kind)
+
+
+def per_shape(build: Callable) -> Callable:
+    """Cache what a launcher computes from sizes, strides and dtypes alone, most of all its Launch.
+
+    Not under intercept(), nor in the interpreter: tests exchange tiles there.
+    """
+    cached = functools.lru_cache(maxsize=4096)(build)
+
+    @functools.wraps(build)
+    def look_up(*key):
+        return (cached if _interceptor is None and not INTERPRETED else build)(*key)
+
+    look_up.cache_clear = cached.cache_clear
+    return look_up
 
 
 @contextlib.contextmanager
 def record(target: tuning.Target) -> Iterator[list[CompileCase]]:
     """Inside the block launches run nowhere: each distinct specialisation, as chosen for `target`, joins the list."""
-    global _recording
-    before, _recording = _recording, (target, [])
+    global _recorded_target
+    cases = []
+
+    def note(kernel, grid, arguments, num_warps, num_stages):
+        case = _specialize(kernel, arguments, target, num_warps, num_stages)
+        if case not in cases:
+            cases.append(case)
+
+    before, _recorded_target = _recorded_target, target
     try:
-        yield _recording[1]
+        with intercept(note):
+            yield cases
     finally:
-        _recording = before
+        _recorded_target = before
 
 
 def _specialize(kernel, arguments, target, num_warps, num_stages) -> CompileCase:

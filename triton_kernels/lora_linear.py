@@ -8,59 +8,28 @@ Plans: addmm (torch's GEMM, then a rank-R product added in place), fused (xa or 
 whose accumulator also takes the rank-R product), onepass (forward only: xa formed inside that GEMM). tuning.py chooses.
 """
 
-from dataclasses import dataclass
-
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import tuning
-from .launch import check_operand, device_of, launch, precision_of, target_of
+from .launch import Launch, check_operand, device_of, per_shape, precision_of, target_of
 from .lora_linear_gemm import _lora_linear_gemm_kernel, _lora_linear_onepass_kernel
-from .lora_linear_skinny import (
-    _lora_linear_accumulate_kernel,
-    _lora_linear_outer_kernel,
-    _lora_linear_project_kernel,
-    _lora_linear_project_outer_kernel,
-    _lora_linear_reduce_kernel,
+from .lora_linear_products import (
+    MASK_FREE,
+    NO_DROPOUT,
+    Dropout,
+    accumulate,
+    factor,
+    from_dy,
+    mask_constants,
+    outer,
+    project,
+    wide_rows,
+    with_unit_stride,
 )
 from .lora_linear_tma import _lora_linear_gemm_tma_kernel, _lora_linear_onepass_tma_kernel
-
-
-@dataclass(frozen=True)
-class _Dropout:
-    """The mask of one call. threshold 0 is no dropout, whatever the seed."""
-
-    seed: Tensor | None
-    threshold: int
-    member: int
-
-    @property
-    def active(self) -> bool:
-        return self.threshold > 0
-
-    @property
-    def rescale(self) -> float:
-        return 65536.0 / (65536 - self.threshold)
-
-    @property
-    def word(self) -> int:
-        """The 32 bits of `member` as the signed number that a kernel's int32 argument holds."""
-        return self.member - (self.member >> 31 << 32)
-
-    def arguments(self, columns: int) -> dict:
-        """Kernel arguments for a mask with `columns` columns."""
-        return {
-            "seed_ptr": self.seed if self.active else None,
-            "threshold": self.threshold,
-            "member": self.word,
-            "DROPOUT": self.active,
-            "ALIGNED": columns % 8 == 0,
-        }
-
-
-_NO_DROPOUT = _Dropout(None, 0, 0)
+from .tuning import ceil_div
 
 
 def forward(
@@ -76,24 +45,24 @@ def forward(
     check_operand("lora_linear", "x", x)
     (M, K), (N, R) = x.shape, lora_B.shape
     target = target_of(x)
-    dropout = _Dropout(seed, round(dropout_p * 65536), member)
+    dropout = Dropout(seed, round(dropout_p * 65536), member)
     chosen = tuning.select_plan(plan, "forward", M, N, K, R, x.dtype, dropout.active, target)
     if chosen.name == "onepass" and R > tuning.ONEPASS_MAX_RANK:
         raise ValueError(f"lora_linear: plan onepass takes R <= {tuning.ONEPASS_MAX_RANK}, got {R}")
     if M == 0:
         return x.new_empty((0, N)), x.new_empty((0, R))
 
-    x = _with_unit_stride(x)
-    lora_A, lora_B = lora_A.to(x.dtype).contiguous(), lora_B.to(x.dtype).contiguous()
+    x = with_unit_stride(x)
+    lora_A, lora_B = factor(lora_A, x.dtype), factor(lora_B, x.dtype)
     with device_of(x):
         if chosen.name == "onepass":
-            return _onepass(x, weight, bias, lora_A, lora_B, scale * dropout.rescale, dropout, chosen.gemm, target)
-        xa = _project(x, lora_A, scale * dropout.rescale, dropout, target, rank_first=True)
+            return onepass(x, weight, bias, lora_A, lora_B, scale * dropout.rescale, dropout, chosen.gemm, target)
+        xa = project(x, lora_A, scale * dropout.rescale, dropout, target, rank_first=True)
         if chosen.name == "addmm":
             y = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
-            _accumulate(y, xa, lora_B, _NO_DROPOUT, target, rank_first=False)
+            accumulate(y, xa, lora_B, NO_DROPOUT, target, rank_first=False)
         else:
-            y = _gemm(x, weight.t(), bias, xa, lora_B, _NO_DROPOUT, chosen.gemm, target, rank_first=False)
+            y = gemm(x, weight.t(), bias, xa, lora_B, NO_DROPOUT, chosen.gemm, target, rank_first=False)
         return y, xa
 
 
@@ -111,239 +80,149 @@ def backward(
     check_operand("lora_linear", "dy", dy)
     (M, N), (R, K) = dy.shape, lora_A.shape
     target = target_of(dy)
-    dropout = _Dropout(seed, round(dropout_p * 65536), member)
+    dropout = Dropout(seed, round(dropout_p * 65536), member)
     chosen = tuning.select_plan(plan, "backward", M, N, K, R, dy.dtype, dropout.active, target)
-    dx, dA, dB = dy.new_empty(0), dy.new_empty(0), dy.new_empty(0)
     if M == 0:
-        dx = dy.new_empty((0, K)) if need_dx else dx
-        dA = torch.zeros_like(lora_A, memory_format=torch.contiguous_format) if need_dA else dA
-        dB = torch.zeros_like(lora_B, memory_format=torch.contiguous_format) if need_dB else dB
+        dx = dy.new_empty((0, K)) if need_dx else dy.new_empty(0)
+        dA = torch.zeros_like(lora_A, memory_format=torch.contiguous_format) if need_dA else dy.new_empty(0)
+        dB = torch.zeros_like(lora_B, memory_format=torch.contiguous_format) if need_dB else dy.new_empty(0)
         return dx, dA, dB
 
-    dy = _with_unit_stride(dy)
-    A, B = lora_A.to(dy.dtype).contiguous(), lora_B.to(dy.dtype).contiguous()
+    dy = with_unit_stride(dy)
+    A, B = factor(lora_A, dy.dtype), factor(lora_B, dy.dtype)
     with device_of(dy):
         scale = scale * dropout.rescale
-        g, dB = _from_dy(dy, B, xa, scale, mask_B, lora_B.dtype, need_dx or need_dA, need_dB, target)
+        g, dB = from_dy(dy, B, xa, scale, mask_B, lora_B.dtype, need_dx or need_dA, need_dB, target)
         if need_dA:
-            dA = _outer(_with_unit_stride(x), g, lora_A.dtype, mask_A, dropout, target, rank_first=True)
-        if need_dx and chosen.name == "addmm":
+            dA = outer(with_unit_stride(x), g, lora_A.dtype, mask_A, dropout, target, rank_first=True)
+        else:
+            dA = dy.new_empty(0)
+        if not need_dx:
+            dx = dy.new_empty(0)
+        elif chosen.name == "addmm":
             dx = torch.mm(dy, weight)
-            _accumulate(dx, g, A, dropout, target, rank_first=True)
-        elif need_dx:
-            dx = _gemm(dy, weight, None, g, A, dropout, chosen.gemm, target, rank_first=True)
+            accumulate(dx, g, A, dropout, target, rank_first=True)
+        else:
+            dx = gemm(dy, weight, None, g, A, dropout, chosen.gemm, target, rank_first=True)
         return dx, dA, dB
 
 
-def _from_dy(dy, lora_B, xa, scale, mask_B, dtype, need_g, need_dB, target) -> tuple[Tensor | None, Tensor]:
-    """(g, dB) as _project_outer gives them, in one pass over dy where that moves fewer bytes than two; g may be None,
-    dB is (0,) where it is not needed."""
-    (M, N), R = dy.shape, lora_B.shape[1]
-    block_m = tuning.one_pass_config(target, dy.dtype, M, R, aligned=_vectorizes(dy)).block_m
-    if need_g and need_dB and tuning.one_pass_over_dy(M, N, R, dy.element_size(), block_m):
-        return _project_outer(dy, lora_B, xa, scale, mask_B, dtype, target)
-    g = _project(dy, lora_B, scale, _NO_DROPOUT, target, rank_first=False) if need_g else None
-    if not need_dB:
-        return g, dy.new_empty(0)
-    return g, _outer(dy, xa.contiguous(), dtype, mask_B, _NO_DROPOUT, target, rank_first=False)
-
-
-def _project(p, q, scale, dropout, target, rank_first) -> Tensor:
-    """h (M, R) = scale · (keep∘p) q in p's dtype, for p (M, C) with unit column stride; q as in _gemm."""
-    (M, C), R = p.shape, q.shape[0 if rank_first else 1]
-    config = tuning.skinny_config(target, p.dtype, M, R, aligned=_vectorizes(p))
-    tiles = triton.cdiv(M, config.block_m), triton.cdiv(R, config.block_r)
-    parts, split_c = _split_sum(target, tiles[0] * tiles[1], C, config.block_c, M * C * p.element_size(), M * R)
-    h = p.new_empty((M, R))
-    partials = h if parts == 1 else p.new_empty((parts, M, R), dtype=torch.float32)
-    arguments = {
-        "p_ptr": p, "q_ptr": q, "h_ptr": partials, "M": M, "C": C, "split_c": split_c, "stride_pm": p.stride(0),
-        "scale": scale, "R": R, "RANK_FIRST": rank_first, "PRECISION": precision_of(p), "BLOCK_M": config.block_m,
-        "BLOCK_C": config.block_c, "BLOCK_R": config.block_r,
-    } | dropout.arguments(C)  # fmt: skip
-    grid = (tiles[0], parts, tiles[1])
-    launch(_lora_linear_project_kernel, grid, arguments, config.num_warps, config.num_stages)
-    return h if parts == 1 else _reduce(partials, h, None)
-
-
-def _outer(p, h, dtype, mask, dropout, target, rank_first) -> Tensor:
-    """(keep∘p)ᵀ h as (C, R), or (R, C) if rank_first, in `dtype`; 0 where mask, shaped like the result, is False."""
-    (M, C), R = p.shape, h.shape[1]
-    config = tuning.skinny_config(target, p.dtype, M, R, aligned=_vectorizes(p))
-    tiles = triton.cdiv(C, config.block_c), triton.cdiv(R, config.block_r)
-    parts, split_m = _split_sum(target, tiles[0] * tiles[1], M, config.block_m, M * C * p.element_size(), C * R)
-    out = p.new_empty((R, C) if rank_first else (C, R), dtype=dtype)
-    partials = out if parts == 1 else p.new_empty((parts, *out.shape), dtype=torch.float32)
-    mask = _bytes(mask)
-    arguments = {
-        "p_ptr": p, "h_ptr": h, "out_ptr": partials, "mask_ptr": mask if parts == 1 else None, "M": M, "C": C,
-        "split_m": split_m, "stride_pm": p.stride(0), "R": R, "RANK_FIRST": rank_first,
-        "HAS_MASK": mask is not None and parts == 1, "PRECISION": precision_of(p), "BLOCK_M": config.block_m,
-        "BLOCK_C": config.block_c, "BLOCK_R": config.block_r,
-    } | dropout.arguments(C)  # fmt: skip
-    grid = (tiles[0], parts, tiles[1])
-    launch(_lora_linear_outer_kernel, grid, arguments, config.num_warps, config.num_stages)
-    return out if parts == 1 else _reduce(partials, out, mask)
-
-
-def _project_outer(dy, lora_B, xa, scale, mask_B, dtype, target, positions=None, features=None):
-    """g (M, R) = scale · dy B in dy's dtype and dB (N, R) = dyᵀ xa in `dtype`, from one pass over dy.
-
-    positions: int32 (N,), the row of dB (features, R) that each column of dy owns, negative for none.
-    """
-    (M, N), R = dy.shape, lora_B.shape[1]
-    features = N if positions is None else features
-    config = tuning.one_pass_config(target, dy.dtype, M, R, aligned=_vectorizes(dy))
-    tiles = triton.cdiv(M, config.block_m)
-    parts, split_n = _split_sum(target, tiles, N, config.block_c, M * N * dy.element_size(), M * R)
-    g, dB = dy.new_empty((M, R)), dy.new_empty((features, R), dtype=dtype)
-    g_partials = g if parts == 1 else dy.new_empty((parts, M, R), dtype=torch.float32)
-    dB_partials = dy.new_empty((tiles, features, R), dtype=torch.float32)
-    arguments = {
-        "dy_ptr": dy, "b_ptr": lora_B, "xa_ptr": xa.contiguous(), "g_ptr": g_partials, "part_ptr": dB_partials,
-        "position_ptr": positions, "M": M, "N": N, "features": features, "split_n": split_n,
-        "stride_dym": dy.stride(0), "scale": scale, "R": R, "SELECTED": positions is not None,
-        "PRECISION": precision_of(dy), "BLOCK_M": config.block_m, "BLOCK_N": config.block_c, "BLOCK_R": config.block_r,
-    }  # fmt: skip
-    launch(_lora_linear_project_outer_kernel, (tiles, parts), arguments, config.num_warps, config.num_stages)
-    if parts > 1:
-        _reduce(g_partials, g, None)
-    return g, _reduce(dB_partials, dB, _bytes(mask_B))
-
-
-def _reduce(partials, out, mask) -> Tensor:
-    """out = Σ over the first axis of partials, 0 where mask is 0."""
-    parts, size = partials.shape[0], out.numel()
-    block_s = min(tuning.next_power_of_two(parts), 32)
-    block = max(64, 2048 // block_s)
-    arguments = {
-        "part_ptr": partials, "out_ptr": out, "mask_ptr": mask, "parts": parts, "size": size,
-        "HAS_MASK": mask is not None, "BLOCK_S": block_s, "BLOCK": block,
-    }  # fmt: skip
-    launch(_lora_linear_reduce_kernel, (triton.cdiv(size, block),), arguments, num_warps=4, num_stages=1)
-    return out
-
-
-def _accumulate(out, h, q, dropout, target, rank_first) -> None:
-    """out (M, C) += keep∘(h q) in place, for h (M, R); q as in _gemm."""
-    (M, C), R = out.shape, h.shape[1]
-    config = tuning.accumulate_config(target, out.dtype, M, R, aligned=_vectorizes(out))
-    arguments = {
-        "h_ptr": h, "q_ptr": q, "out_ptr": out, "M": M, "C": C, "R": R, "RANK_FIRST": rank_first,
-        "PRECISION": precision_of(out), "BLOCK_M": config.block_m, "BLOCK_C": config.block_c, "BLOCK_R": config.block_r,
-    } | dropout.arguments(C)  # fmt: skip
-    grid = (triton.cdiv(M, config.block_m) * triton.cdiv(C, config.block_c),)
-    launch(_lora_linear_accumulate_kernel, grid, arguments, config.num_warps, config.num_stages)
-
-
-def _gemm(p, v, bias, h, q, dropout, config, target, rank_first) -> Tensor:
+def gemm(p, v, bias, h, q, dropout, config, target, rank_first) -> Tensor:
     """out (M, C) = keep∘(h q) + p v + bias for p (M, D) with unit column stride, v (D, C), h (M, R).
 
-    q is contiguous: lora_A (R, C) if rank_first, else lora_B (C, R), which stands for its transpose.
+    q is contiguous: lora_A (R, C) if rank_first, else lora_B (C, R), which stands for its transpose. config None: the
+    architecture's own tiles, as for operands that do not suit a configuration's descriptors.
     """
     (M, D), C, R = p.shape, v.shape[1], h.shape[1]
     out = p.new_empty((M, C))
-    stored, transposed = _as_stored(v)
-    tma = all(map(_suits_tma, (p, stored, out)))
-    if config is None or (config.tma and not tma):
-        aligned = _vectorizes(p, stored)
-        config = tuning.gemm_config(target, p.dtype, M, tma=tma, aligned=aligned, dropout=dropout.active)
-    # Under dropout the tile's mask takes the registers that a wider step would need.
-    block_r = tuning.pad_rank(R, 16 if dropout.active or p.dtype.itemsize == 4 else 32)
-    arguments = {
-        "h_ptr": h, "q_ptr": q, "bias_ptr": bias, "M": M, "C": C, "D": D, "R": R, "RANK_FIRST": rank_first,
-        "HAS_BIAS": bias is not None, "BLOCK_M": config.block_m, "BLOCK_C": config.block_c, "BLOCK_D": config.block_d,
-        "BLOCK_R": block_r, "GROUP_M": config.group_m,
-    } | dropout.arguments(C)  # fmt: skip
-    tiles = triton.cdiv(M, config.block_m) * triton.cdiv(C, config.block_c)
-    if config.tma:
-        block_v = (config.block_c, config.block_d) if transposed else (config.block_d, config.block_c)
-        arguments |= {
-            "p_desc": _descriptor(p, config.block_m, config.block_d), "v_desc": _descriptor(stored, *block_v),
-            "out_desc": _descriptor(out, config.block_m, config.block_c // config.subtiles), "V_TRANSPOSED": transposed,
-            "SUBTILES": config.subtiles, "FLATTEN": config.flatten and not dropout.active and R <= 64,
-        }  # fmt: skip
-        kernel, grid = _lora_linear_gemm_tma_kernel, (min(tiles, target.sm_count),)
-    else:
-        arguments |= {
-            "p_ptr": p, "v_ptr": v, "out_ptr": out, "stride_pm": p.stride(0), "stride_vd": v.stride(0),
-            "stride_vc": v.stride(1), "EVEN_D": D % config.block_d == 0, "PRECISION": precision_of(p),
-        }  # fmt: skip
-        kernel, grid = _lora_linear_gemm_kernel, (tiles,)
-    launch(kernel, grid, arguments, config.num_warps, config.num_stages)
+    stored, transposed = as_stored(v)
+    run, config = _gemm_launch(
+        target, p.dtype, M, D, C, R, p.stride(), v.stride(), rank_first, bias is not None, dropout.threshold > 0,
+        suits_tma(p) and suits_tma(stored) and suits_tma(out), config, precision_of(p),
+    )  # fmt: skip
+    if not config.tma:
+        run(p, v, out, h, q, bias, *dropout.free)
+        return out
+    block_v = (config.block_c, config.block_d) if transposed else (config.block_d, config.block_c)
+    p_desc, v_desc = descriptor(p, config.block_m, config.block_d), descriptor(stored, *block_v)
+    out_desc = descriptor(out, config.block_m, config.block_c // config.subtiles)
+    run(p_desc, v_desc, out_desc, h, q, bias, *dropout.free)
     return out
 
 
-def _onepass(x, weight, bias, lora_A, lora_B, scale, dropout, config, target) -> tuple[Tensor, Tensor]:
-    """(y, xa) from one kernel; R <= tuning.ONEPASS_MAX_RANK, lora_A and lora_B contiguous."""
-    (M, K), (N, R) = x.shape, lora_B.shape
-    y, xa = x.new_empty((M, N)), x.new_empty((M, R))
-    stored, transposed = _as_stored(weight.t())
-    block_r = tuning.pad_rank(R, tuning.ONEPASS_MAX_RANK)
-    tma = all(map(_suits_tma, (x, stored, lora_A, y)))
+@per_shape
+def _gemm_launch(
+    target, dtype, M, D, C, R, p_strides, v_strides, rank_first, has_bias, dropout, tma, config, precision
+) -> tuple[Launch, tuning.GemmConfig]:
+    transposed = v_strides[0] == 1
     if config is None or (config.tma and not tma):
-        config = tuning.gemm_config(
-            target, x.dtype, M, tma=tma, aligned=_vectorizes(x, stored), dropout=dropout.active, extra_rank=block_r
-        )
+        aligned = wide_rows(p_strides) and wide_rows(v_strides[::-1] if transposed else v_strides)
+        config = tuning.gemm_config(target, dtype, M, tma=tma, aligned=aligned, dropout=dropout)
+    # Under dropout the tile's mask takes the registers that a wider step would need.
+    block_r = tuning.pad_rank(R, 16 if dropout or dtype.itemsize == 4 else 32)
     arguments = {
-        "b_ptr": lora_B, "bias_ptr": bias, "xa_ptr": xa, "M": M, "N": N, "K": K, "scale": scale, "R": R,
-        "HAS_BIAS": bias is not None, "BLOCK_M": config.block_m, "BLOCK_N": config.block_c, "BLOCK_K": config.block_d,
-        "BLOCK_R": block_r, "GROUP_M": config.group_m,
-    } | dropout.arguments(K)  # fmt: skip
-    tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_c)
+        "M": M, "C": C, "D": D, "R": R, "RANK_FIRST": rank_first, "HAS_BIAS": has_bias, "BLOCK_M": config.block_m,
+        "BLOCK_C": config.block_c, "BLOCK_D": config.block_d, "BLOCK_R": block_r, "GROUP_M": config.group_m,
+    } | mask_constants(dropout, C)  # fmt: skip
+    tiles = ceil_div(M, config.block_m) * ceil_div(C, config.block_c)
+    operands = ("h_ptr", "q_ptr", "bias_ptr", *MASK_FREE)
     if config.tma:
-        block_w = (config.block_c, config.block_d) if transposed else (config.block_d, config.block_c)
         arguments |= {
-            "x_desc": _descriptor(x, config.block_m, config.block_d), "w_desc": _descriptor(stored, *block_w),
-            "a_desc": _descriptor(lora_A, block_r, config.block_d),
-            "y_desc": _descriptor(y, config.block_m, config.block_c // config.subtiles), "W_TRANSPOSED": transposed,
-            "SUBTILES": config.subtiles, "FLATTEN": config.flatten and not dropout.active,
+            "V_TRANSPOSED": transposed, "SUBTILES": config.subtiles,
+            "FLATTEN": config.flatten and not dropout and R <= 64,
         }  # fmt: skip
-        kernel, grid = _lora_linear_onepass_tma_kernel, (min(tiles, target.sm_count),)
+        kernel, grid = _lora_linear_gemm_tma_kernel, (min(tiles, target.sm_count),)
+        free = ("p_desc", "v_desc", "out_desc", *operands)
     else:
         arguments |= {
-            "x_ptr": x, "w_ptr": weight, "a_ptr": lora_A, "y_ptr": y, "stride_xm": x.stride(0),
-            "stride_wn": weight.stride(0), "stride_wk": weight.stride(1), "EVEN_K": K % config.block_d == 0,
-            "PRECISION": precision_of(x),
+            "stride_pm": p_strides[0], "stride_vd": v_strides[0], "stride_vc": v_strides[1],
+            "EVEN_D": D % config.block_d == 0, "PRECISION": precision,
         }  # fmt: skip
-        kernel, grid = _lora_linear_onepass_kernel, (tiles,)
-    launch(kernel, grid, arguments, config.num_warps, config.num_stages)
+        kernel, grid, free = _lora_linear_gemm_kernel, (tiles,), ("p_ptr", "v_ptr", "out_ptr", *operands)
+    return Launch(kernel, grid, arguments, free, config.num_warps, config.num_stages), config
+
+
+def onepass(x, weight, bias, lora_A, lora_B, scale, dropout, config, target) -> tuple[Tensor, Tensor]:
+    """(y, xa) from one kernel; R <= tuning.ONEPASS_MAX_RANK, lora_A and lora_B contiguous; config as in gemm."""
+    (M, K), (N, R) = x.shape, lora_B.shape
+    y, xa = x.new_empty((M, N)), x.new_empty((M, R))
+    stored, transposed = as_stored(weight.t())
+    run, config = _onepass_launch(
+        target, x.dtype, M, K, N, R, x.stride(), weight.stride(), bias is not None, dropout.threshold > 0,
+        suits_tma(x) and suits_tma(stored) and suits_tma(lora_A) and suits_tma(y), config, precision_of(x),
+    )  # fmt: skip
+    if not config.tma:
+        run(x, weight, lora_A, y, lora_B, bias, xa, scale, *dropout.free)
+        return y, xa
+    block_w = (config.block_c, config.block_d) if transposed else (config.block_d, config.block_c)
+    x_desc, w_desc = descriptor(x, config.block_m, config.block_d), descriptor(stored, *block_w)
+    a_desc = descriptor(lora_A, tuning.pad_rank(R, tuning.ONEPASS_MAX_RANK), config.block_d)
+    y_desc = descriptor(y, config.block_m, config.block_c // config.subtiles)
+    run(x_desc, w_desc, a_desc, y_desc, lora_B, bias, xa, scale, *dropout.free)
     return y, xa
 
 
-def _as_stored(v: Tensor) -> tuple[Tensor, bool]:
+@per_shape
+def _onepass_launch(
+    target, dtype, M, K, N, R, x_strides, w_strides, has_bias, dropout, tma, config, precision
+) -> tuple[Launch, tuning.GemmConfig]:
+    transposed = w_strides[1] == 1
+    block_r = tuning.pad_rank(R, tuning.ONEPASS_MAX_RANK)
+    if config is None or (config.tma and not tma):
+        aligned = wide_rows(x_strides) and wide_rows(w_strides if transposed else w_strides[::-1])
+        config = tuning.gemm_config(target, dtype, M, tma=tma, aligned=aligned, dropout=dropout, extra_rank=block_r)
+    arguments = {
+        "M": M, "N": N, "K": K, "R": R, "HAS_BIAS": has_bias, "BLOCK_M": config.block_m, "BLOCK_N": config.block_c,
+        "BLOCK_K": config.block_d, "BLOCK_R": block_r, "GROUP_M": config.group_m,
+    } | mask_constants(dropout, K)  # fmt: skip
+    tiles = ceil_div(M, config.block_m) * ceil_div(N, config.block_c)
+    operands = ("b_ptr", "bias_ptr", "xa_ptr", "scale", *MASK_FREE)
+    if config.tma:
+        arguments |= {
+            "W_TRANSPOSED": transposed, "SUBTILES": config.subtiles, "FLATTEN": config.flatten and not dropout,
+        }  # fmt: skip
+        kernel, grid = _lora_linear_onepass_tma_kernel, (min(tiles, target.sm_count),)
+        free = ("x_desc", "w_desc", "a_desc", "y_desc", *operands)
+    else:
+        arguments |= {
+            "stride_xm": x_strides[0], "stride_wn": w_strides[0], "stride_wk": w_strides[1],
+            "EVEN_K": K % config.block_d == 0, "PRECISION": precision,
+        }  # fmt: skip
+        kernel, grid, free = _lora_linear_onepass_kernel, (tiles,), ("x_ptr", "w_ptr", "a_ptr", "y_ptr", *operands)
+    return Launch(kernel, grid, arguments, free, config.num_warps, config.num_stages), config
+
+
+def as_stored(v: Tensor) -> tuple[Tensor, bool]:
     """(matrix, transposed): the view of v (D, C) that is contiguous along its rows, if either is."""
     return (v.t(), True) if v.stride(0) == 1 else (v, False)
 
 
-def _split_sum(target, programs, length, block, stream_bytes, partial_size) -> tuple[int, int]:
-    """(parts, length of one part, a multiple of `block`) for a sum of `length` terms; partials are fp32."""
-    blocks = triton.cdiv(length, block)
-    parts = tuning.split(target, programs, blocks, stream_bytes, 4 * partial_size)
-    step = triton.cdiv(blocks, parts) * block
-    return triton.cdiv(length, step), step
-
-
-def _with_unit_stride(matrix: Tensor) -> Tensor:
-    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
-
-
-def _vectorizes(*matrices: Tensor) -> bool:
-    """Whether the JIT can prove wide loads: it knows of an integer argument only that it is 1 or divisible by 16."""
-    return all(matrix.stride(1) == 1 and matrix.stride(0) % 16 == 0 for matrix in matrices)
-
-
-def _suits_tma(matrix: Tensor) -> bool:
+def suits_tma(matrix: Tensor) -> bool:
     """Unit column stride, rows and base at multiples of 16 bytes, rows that do not overlap."""
     row, column = matrix.stride()
     aligned = row * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0
     return column == 1 and row >= matrix.shape[1] and aligned and matrix.element_size() == 2
 
 
-def _descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
+def descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
-
-
-def _bytes(mask: Tensor | None) -> Tensor | None:
-    """A boolean mask as the contiguous bytes that kernels read."""
-    return None if mask is None else mask.contiguous().view(torch.uint8)

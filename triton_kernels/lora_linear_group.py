@@ -14,34 +14,31 @@ the dense rank-R gradient. No index is ever read on the host.
 from collections.abc import Sequence
 
 import torch
-import triton
 from torch import Tensor
 
 from . import tuning
 from .launch import check_operand, device_of, launch, precision_of, target_of
-from .lora_linear import (
-    _NO_DROPOUT,
-    _accumulate,
-    _as_stored,
-    _descriptor,
-    _Dropout,
-    _gemm,
-    _onepass,
-    _outer,
-    _project,
-    _project_outer,
-    _reduce,
-    _split_sum,
-    _suits_tma,
-    _vectorizes,
-    _with_unit_stride,
-)
+from .lora_linear import as_stored, descriptor, gemm, onepass, suits_tma
 from .lora_linear_group_gemm import _lora_linear_group_gemm_kernel, _lora_linear_group_gemm_tma_kernel
 from .lora_linear_group_skinny import (
     _lora_linear_columns_outer_kernel,
     _lora_linear_group_accumulate_kernel,
     _lora_linear_group_project_kernel,
 )
+from .lora_linear_products import (
+    NO_DROPOUT,
+    Dropout,
+    accumulate,
+    in_one_pass,
+    outer,
+    project,
+    project_outer,
+    reduce,
+    split_sum,
+    wide_rows,
+    with_unit_stride,
+)
+from .tuning import ceil_div
 
 _OPERATOR = "lora_linear_group"
 _MOST_MEMBERS = 3  # of one launch
@@ -75,7 +72,7 @@ def forward(
         x_columns = x.new_empty((0, columns.shape[0])) if keep_columns else x.new_empty(0)
         return [x.new_empty((0, N)) for N, _ in sizes], [x.new_empty((0, R)) for _, R in sizes], x_columns
 
-    x = _with_unit_stride(x)
+    x = with_unit_stride(x)
     As = [_effective(a, f, 1, columns, e, (R, K), x.dtype)
           for a, f, e, (_, R) in zip(lora_As, frozen_As, entries_A, sizes, strict=True)]  # fmt: skip
     Bs = [_effective(b, f, 0, i, e, size, x.dtype)
@@ -98,12 +95,12 @@ def forward(
             weight, bias, B = weights[i], biases[i], Bs[i]
             if chosen.name == "onepass":
                 scale = scales[i] * dropouts[i].rescale
-                ys[i], xas[i] = _onepass(x, weight, bias, As[i], B, scale, dropouts[i], chosen.gemm, target)
+                ys[i], xas[i] = onepass(x, weight, bias, As[i], B, scale, dropouts[i], chosen.gemm, target)
             elif chosen.name == "fused":
-                ys[i] = _gemm(x, weight.t(), bias, xas[i], B, _NO_DROPOUT, chosen.gemm, target, rank_first=False)
+                ys[i] = gemm(x, weight.t(), bias, xas[i], B, NO_DROPOUT, chosen.gemm, target, rank_first=False)
             else:
                 ys[i] = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
-                _accumulate(ys[i], xas[i], B, _NO_DROPOUT, target, rank_first=False)
+                accumulate(ys[i], xas[i], B, NO_DROPOUT, target, rank_first=False)
     return ys, xas, x_columns
 
 
@@ -139,7 +136,7 @@ def backward(
              for b, need in zip(lora_Bs, need_dB, strict=True)],
         )  # fmt: skip
 
-    dys = [_with_unit_stride(dy) for dy in dys]
+    dys = [with_unit_stride(dy) for dy in dys]
     dBs, gs = [], []
     with device_of(dys[0]):
         for i, (dy, size) in enumerate(zip(dys, sizes, strict=True)):
@@ -160,8 +157,8 @@ def backward(
     return dx, [dys[0].new_empty(0) if dA is None else dA for dA in dAs], dBs
 
 
-def _dropouts(seed, dropout_p, members) -> list[_Dropout]:
-    return [_Dropout(seed, round(dropout_p * 65536), member) for member in members]
+def _dropouts(seed, dropout_p, members) -> list[Dropout]:
+    return [Dropout(seed, round(dropout_p * 65536), member) for member in members]
 
 
 def _rank(lora_A: Tensor, frozen_A: Tensor | None) -> int:
@@ -202,7 +199,7 @@ def _by_member(**fields) -> dict:
     }
 
 
-def _masking(dropouts: list[_Dropout], columns: int) -> dict:
+def _masking(dropouts: list[Dropout], columns: int) -> dict:
     arguments = dropouts[0].arguments(columns)
     del arguments["member"]
     return arguments | _by_member(member0=([dropout.word for dropout in dropouts], 0))
@@ -212,14 +209,20 @@ def _group_project(x, As, scales, dropouts, selection, target) -> list[Tensor]:
     """[xa_i (M, R_i)] of up to three members; selection: None or (J, x_columns), where x_columns receives x[:, J]."""
     scales = [scale * dropouts[0].rescale for scale in scales]
     if len(As) == 1 and selection is None:
-        return [_project(x, As[0], scales[0], dropouts[0], target, rank_first=True)]
+        return [project(x, As[0], scales[0], dropouts[0], target, rank_first=True)]
     (M, K), ranks = x.shape, [A.shape[0] for A in As]
     config = tuning.group_config(
-        target, x.dtype, M, ranks, aligned=_vectorizes(x), gather=selection is not None, dropout=dropouts[0].active
+        target,
+        x.dtype,
+        M,
+        ranks,
+        aligned=wide_rows(x.stride()),
+        gather=selection is not None,
+        dropout=dropouts[0].active,
     )
-    tiles = triton.cdiv(M, config.block_m), triton.cdiv(max(ranks), config.block_r)
+    tiles = ceil_div(M, config.block_m), ceil_div(max(ranks), config.block_r)
     size = sum(ranks)
-    parts, split_k = _split_sum(target, tiles[0] * tiles[1], K, config.block_c, M * K * x.element_size(), M * size)
+    parts, split_k = split_sum(target, tiles[0] * tiles[1], K, config.block_c, M * K * x.element_size(), M * size)
     xas = [x.new_empty((M, R)) for R in ranks]
     partials = xas if parts == 1 else [x.new_empty((parts, M, R), dtype=torch.float32) for R in ranks]
     columns, x_columns = selection or (None, None)
@@ -235,7 +238,7 @@ def _group_project(x, As, scales, dropouts, selection, target) -> list[Tensor]:
     launch(_lora_linear_group_project_kernel, grid, arguments, config.num_warps, config.num_stages)
     if parts > 1:
         for partial, xa in zip(partials, xas, strict=True):
-            _reduce(partial, xa, None)
+            reduce(partial, xa, None)
     return xas
 
 
@@ -243,15 +246,14 @@ def _down(dy, B, lora_B, rows, entries, xa, mask, scale, need_g, need_dB, target
     """(g (M, R) or None, dB in lora_B's shape and dtype or None) of one member."""
     (M, N), R = dy.shape, B.shape[1]
     g = dB = None
-    block_m = tuning.one_pass_config(target, dy.dtype, M, R, aligned=_vectorizes(dy)).block_m
-    if need_g and need_dB and tuning.one_pass_over_dy(M, N, R, dy.element_size(), block_m):
+    if need_g and need_dB and in_one_pass(target, dy.dtype, M, N, R, dy.stride()):
         positions, features = (None, N) if rows is None else (_positions(rows, N), rows.shape[0])
-        g, dB = _project_outer(dy, B, xa, scale, mask, lora_B.dtype, target, positions, features)
+        g, dB = project_outer(dy, B, xa, scale, mask, lora_B.dtype, target, positions, features)
     else:
         if need_g:
-            g = _project(dy, B, scale, _NO_DROPOUT, target, rank_first=False)
+            g = project(dy, B, scale, NO_DROPOUT, target, rank_first=False)
         if need_dB:
-            dB = _outer(dy, xa.contiguous(), lora_B.dtype, mask, _NO_DROPOUT, target, rank_first=False)
+            dB = outer(dy, xa.contiguous(), lora_B.dtype, mask, NO_DROPOUT, target, rank_first=False)
             dB = dB if rows is None else dB.index_select(0, rows)
     if need_dB and entries is not None:
         dB = dB.view(-1).index_select(0, entries)
@@ -266,12 +268,12 @@ def _dA(source, gs, lora_As, columns, entries_A, masks, dropouts, needed, sizes,
     wanted = [i for i, need in enumerate(needed) if need]
     if not wanted:
         return dAs
-    source = _with_unit_stride(source)
+    source = with_unit_stride(source)
     ranks = [sizes[i][1] for i in wanted]
     if len(wanted) > 1 and not dropouts[0].active:
         # Without masks the members are one product, which reads x once.
-        together = _outer(
-            source, torch.cat([gs[i] for i in wanted], 1), torch.float32, None, _NO_DROPOUT, target, rank_first=True
+        together = outer(
+            source, torch.cat([gs[i] for i in wanted], 1), torch.float32, None, NO_DROPOUT, target, rank_first=True
         )
         for i, dA in zip(wanted, together.split(ranks), strict=True):
             dA = dA.to(lora_As[i].dtype, copy=True)
@@ -282,7 +284,7 @@ def _dA(source, gs, lora_As, columns, entries_A, masks, dropouts, needed, sizes,
             if columns is not None and dropout.active:
                 dAs[i] = _columns_outer(source.contiguous(), gs[i], columns, K, dtype, dropout, target)
             else:
-                dAs[i] = _outer(source, gs[i], dtype, masks[i], dropout, target, rank_first=True)
+                dAs[i] = outer(source, gs[i], dtype, masks[i], dropout, target, rank_first=True)
     for i, R in zip(wanted, ranks, strict=True):
         if entries_A[i] is not None:
             dAs[i] = dAs[i].view(-1).index_select(0, entries_A[i])
@@ -294,9 +296,9 @@ def _dA(source, gs, lora_As, columns, entries_A, masks, dropouts, needed, sizes,
 def _columns_outer(p, g, columns, K, dtype, dropout, target) -> Tensor:
     """gᵀ (keep[:, J]∘p) (R, |J|) in `dtype` for p (M, |J|) = x[:, J], both contiguous; keep is (M, K)."""
     (M, C), R = p.shape, g.shape[1]
-    config = tuning.columns_config(target, p.dtype, M, R, aligned=_vectorizes(p))
-    tiles = triton.cdiv(C, config.block_c), triton.cdiv(R, config.block_r)
-    parts, split_m = _split_sum(target, tiles[0] * tiles[1], M, config.block_m, M * C * p.element_size(), C * R)
+    config = tuning.columns_config(target, p.dtype, M, R, aligned=wide_rows(p.stride()))
+    tiles = ceil_div(C, config.block_c), ceil_div(R, config.block_r)
+    parts, split_m = split_sum(target, tiles[0] * tiles[1], M, config.block_m, M * C * p.element_size(), C * R)
     out = p.new_empty((R, C), dtype=dtype)
     partials = out if parts == 1 else p.new_empty((parts, R, C), dtype=torch.float32)
     arguments = {
@@ -306,7 +308,7 @@ def _columns_outer(p, g, columns, K, dtype, dropout, target) -> Tensor:
     }  # fmt: skip
     grid = (tiles[0], parts, tiles[1])
     launch(_lora_linear_columns_outer_kernel, grid, arguments, config.num_warps, config.num_stages)
-    return out if parts == 1 else _reduce(partials, out, None)
+    return out if parts == 1 else reduce(partials, out, None)
 
 
 def _dx(dys, weights, gs, As, dropouts, chosen, target) -> Tensor:
@@ -318,7 +320,7 @@ def _dx(dys, weights, gs, As, dropouts, chosen, target) -> Tensor:
         _add_low_rank(dx, gs, As, dropouts, True, target)
         return dx
     if len(dys) == 1:
-        return _gemm(dys[0], weights[0], None, gs[0], As[0], dropouts[0], chosen.gemm, target, rank_first=True)
+        return gemm(dys[0], weights[0], None, gs[0], As[0], dropouts[0], chosen.gemm, target, rank_first=True)
     dx = dys[0].new_empty((dys[0].shape[0], As[0].shape[1]))
     masked = dropouts[0].active
     if masked:
@@ -338,20 +340,22 @@ def _dx(dys, weights, gs, As, dropouts, chosen, target) -> Tensor:
 def _add_low_rank(out, gs, As, dropouts, has_old, target) -> None:
     """out (M, K) = Σ_i keep_i∘(g_i A_i), added to what `out` holds if has_old."""
     if len(gs) == 1 and has_old:
-        _accumulate(out, gs[0], As[0], dropouts[0], target, rank_first=True)
+        accumulate(out, gs[0], As[0], dropouts[0], target, rank_first=True)
         return
     (M, C) = out.shape
     for first in range(0, len(gs), _MOST_MEMBERS):
         some = slice(first, first + _MOST_MEMBERS)
         ranks = [A.shape[0] for A in As[some]]
-        config = tuning.accumulate_config(target, out.dtype, M, max(ranks), aligned=_vectorizes(out), members=len(gs))
+        config = tuning.accumulate_config(
+            target, out.dtype, M, max(ranks), aligned=wide_rows(out.stride()), members=len(gs)
+        )
         arguments = {
             "out_ptr": out, "M": M, "C": C, "HAS_OLD": has_old or first > 0, "PRECISION": precision_of(out),
             "BLOCK_M": config.block_m, "BLOCK_C": config.block_c, "BLOCK_R": config.block_r,
         } | _by_member(
             h0_ptr=(gs[some], None), q0_ptr=(As[some], None), R0=(ranks, 0)
         ) | _masking(dropouts[some], C)  # fmt: skip
-        grid = (triton.cdiv(M, config.block_m) * triton.cdiv(C, config.block_c),)
+        grid = (ceil_div(M, config.block_m) * ceil_div(C, config.block_c),)
         launch(_lora_linear_group_accumulate_kernel, grid, arguments, config.num_warps, config.num_stages)
 
 
@@ -362,8 +366,8 @@ def _group_gemm(out, dys, weights, gs, As, has_old, target) -> None:
     """
     (M, C), ranks = out.shape, [0 if A is None else A.shape[0] for A in As]
     depths, strides = zip(*((dy.shape[1], dy.stride(0)) for dy in dys), strict=True)
-    tma = all(map(_suits_tma, (*dys, *weights, out)))
-    aligned = _vectorizes(*dys, *(_as_stored(weight)[0] for weight in weights))
+    tma = all(map(suits_tma, (*dys, *weights, out)))
+    aligned = all(wide_rows(matrix.stride()) for matrix in (*dys, *(as_stored(weight)[0] for weight in weights)))
     # What the accumulator starts with takes registers as a mask does.
     config = tuning.gemm_config(target, out.dtype, M, tma=tma, aligned=aligned, dropout=has_old)
     arguments = {
@@ -371,13 +375,13 @@ def _group_gemm(out, dys, weights, gs, As, has_old, target) -> None:
         "BLOCK_D": config.block_d, "BLOCK_R": tuning.pad_rank(max(*ranks, 1), 16 if out.dtype.itemsize == 4 else 32),
         "GROUP_M": config.group_m,
     } | _by_member(h0_ptr=(gs, None), q0_ptr=(As, None), D0=(depths, 0), R0=(ranks, 0))  # fmt: skip
-    tiles = triton.cdiv(M, config.block_m) * triton.cdiv(C, config.block_c)
+    tiles = ceil_div(M, config.block_m) * ceil_div(C, config.block_c)
     if config.tma:
         arguments |= _by_member(
-            p0_desc=([_descriptor(dy, config.block_m, config.block_d) for dy in dys], None),
-            v0_desc=([_descriptor(weight, config.block_d, config.block_c) for weight in weights], None),
+            p0_desc=([descriptor(dy, config.block_m, config.block_d) for dy in dys], None),
+            v0_desc=([descriptor(weight, config.block_d, config.block_c) for weight in weights], None),
         ) | {
-            "out_desc": _descriptor(out, config.block_m, config.block_c // config.subtiles),
+            "out_desc": descriptor(out, config.block_m, config.block_c // config.subtiles),
             "SUBTILES": config.subtiles,
         }  # fmt: skip
         kernel, grid = _lora_linear_group_gemm_tma_kernel, (min(tiles, target.sm_count),)

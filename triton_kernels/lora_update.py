@@ -12,8 +12,17 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from . import lora_linear as linear
 from .launch import check_operand, device_of, target_of
+from .lora_linear_products import (
+    NO_DROPOUT,
+    Dropout,
+    accumulate,
+    factor,
+    from_dy,
+    outer,
+    project,
+    with_unit_stride,
+)
 
 
 def forward(
@@ -28,11 +37,11 @@ def forward(
     check_operand("lora_update", "x", x)
     if x.shape[0] == 0:
         return x.new_empty((0, lora_A.shape[0]))
-    target, dropout = target_of(x), linear._Dropout(seed, round(dropout_p * 65536), member)
-    A, B = lora_A.to(x.dtype).contiguous(), lora_B.to(x.dtype).contiguous()
+    target, dropout = target_of(x), Dropout(seed, round(dropout_p * 65536), member)
+    A, B = factor(lora_A, x.dtype), factor(lora_B, x.dtype)
     with device_of(x), _contiguous(y) as rows:
-        xa = linear._project(linear._with_unit_stride(x), A, scale * dropout.rescale, dropout, target, rank_first=True)
-        linear._accumulate(rows, xa, B, linear._NO_DROPOUT, target, rank_first=False)
+        xa = project(with_unit_stride(x), A, scale * dropout.rescale, dropout, target, rank_first=True)
+        accumulate(rows, xa, B, NO_DROPOUT, target, rank_first=False)
     return xa
 
 
@@ -51,17 +60,17 @@ def backward(
         dA = torch.zeros_like(lora_A, memory_format=torch.contiguous_format) if need_dA else dA
         dB = torch.zeros_like(lora_B, memory_format=torch.contiguous_format) if need_dB else dB
         return dA, dB
-    target, dropout = target_of(dy), linear._Dropout(seed, round(dropout_p * 65536), member)
-    dy = linear._with_unit_stride(dy)
-    A, B = lora_A.to(dy.dtype).contiguous(), lora_B.to(dy.dtype).contiguous()
+    target, dropout = target_of(dy), Dropout(seed, round(dropout_p * 65536), member)
+    dy = with_unit_stride(dy)
+    A, B = factor(lora_A, dy.dtype), factor(lora_B, dy.dtype)
     with device_of(dy):
         need_g = dx is not None or need_dA
-        g, dB = linear._from_dy(dy, B, xa, scale * dropout.rescale, None, lora_B.dtype, need_g, need_dB, target)
+        g, dB = from_dy(dy, B, xa, scale * dropout.rescale, None, lora_B.dtype, need_g, need_dB, target)
         if need_dA:
-            dA = linear._outer(linear._with_unit_stride(x), g, lora_A.dtype, None, dropout, target, rank_first=True)
+            dA = outer(with_unit_stride(x), g, lora_A.dtype, None, dropout, target, rank_first=True)
         if dx is not None:
             with _contiguous(dx) as rows:
-                linear._accumulate(rows, g, A, dropout, target, rank_first=True)
+                accumulate(rows, g, A, dropout, target, rank_first=True)
     return dA, dB
 
 

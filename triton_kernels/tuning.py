@@ -106,7 +106,7 @@ def next_power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _ceil_div(a: int, b: int) -> int:
+def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
@@ -217,7 +217,7 @@ def split(target: Target, programs: int, blocks: int, stream_bytes: int, partial
     programs: without a split; blocks: steps of the sum, an upper bound; stream_bytes: what the kernel reads once;
     partial_bytes: one set of partials. Written and read once, they may add a quarter to the kernel's bytes.
     """
-    wanted = _ceil_div(2 * target.sm_count, programs)
+    wanted = ceil_div(2 * target.sm_count, programs)
     affordable = stream_bytes // max(1, 8 * partial_bytes)
     return max(1, min(wanted, blocks, affordable))
 
@@ -227,7 +227,7 @@ def one_pass_over_dy(M: int, N: int, R: int, itemsize: int, block_m: int) -> boo
 
     One pass saves M·N·itemsize and writes, then reads, cdiv(M, block_m)·N·R partials of dB in fp32.
     """
-    partials = 4 * _ceil_div(M, block_m) * N * R
+    partials = 4 * ceil_div(M, block_m) * N * R
     return R <= 64 and 2 * partials < M * N * itemsize
 
 

@@ -52,20 +52,17 @@ def _replace_reference(drows, logits, other, stats, mask, kind, need_dlogits, ne
 
 
 def _forward_triton(logits, other, mask, kind):
-    from lorasp.triton_kernels import consistency as kernels
-
+    kernels = registry.triton_kernels("consistency")
     return kernels.forward(logits, other, mask, kind)
 
 
 def _backward_triton(drows, logits, other, stats, mask, kind, need_dlogits, need_dother):
-    from lorasp.triton_kernels import consistency as kernels
-
+    kernels = registry.triton_kernels("consistency")
     return kernels.backward(drows, logits, other, stats, mask, kind, need_dlogits, need_dother)
 
 
 def _replace_triton(drows, logits, other, stats, mask, kind, need_dlogits, need_dother):
-    from lorasp.triton_kernels import consistency as kernels
-
+    kernels = registry.triton_kernels("consistency")
     kernels.replace(drows, logits, other, stats, mask, kind, need_dlogits, need_dother)
 
 

@@ -42,31 +42,25 @@ def _backward_fake(
     )
 
 
-def _autocast_off(device_type: str):
-    return torch.autocast(device_type, enabled=False)
-
-
 def _forward_reference(q, k, v, attn_mask, seed, dropout_p, pattern, is_causal, scale):
-    with _autocast_off(q.device.type):
+    with registry.autocast_off(q.device.type):
         return reference.forward(q, k, v, attn_mask, seed, dropout_p, pattern, is_causal, scale)
 
 
 def _backward_reference(do, q, *rest):
-    with _autocast_off(q.device.type):
+    with registry.autocast_off(q.device.type):
         return reference.backward(do, q, *rest)
 
 
 def _forward_triton(q, k, v, attn_mask, seed, dropout_p, pattern, is_causal, scale):
-    from lorasp.triton_kernels import dropkey_attention as kernels
-
-    with _autocast_off(q.device.type):
+    kernels = registry.triton_kernels("dropkey_attention")
+    with registry.autocast_off(q.device.type):
         return kernels.forward(q, k, v, attn_mask, seed, dropout_p, pattern, is_causal, scale)
 
 
 def _backward_triton(do, q, *rest):
-    from lorasp.triton_kernels import dropkey_attention as kernels
-
-    with _autocast_off(q.device.type):
+    kernels = registry.triton_kernels("dropkey_attention")
+    with registry.autocast_off(q.device.type):
         return kernels.backward(do, q, *rest)
 
 

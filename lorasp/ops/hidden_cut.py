@@ -26,14 +26,12 @@ def _backward_fake(dy, seed, p, pattern, dtype):
 
 
 def _forward_triton(x, residual, seed, p, pattern):
-    from lorasp.triton_kernels import hidden_cut as kernels
-
+    kernels = registry.triton_kernels("hidden_cut")
     return kernels.forward(x, residual, seed, p, pattern)
 
 
 def _backward_triton(dy, seed, p, pattern, dtype):
-    from lorasp.triton_kernels import hidden_cut as kernels
-
+    kernels = registry.triton_kernels("hidden_cut")
     return kernels.backward(dy, seed, p, pattern, dtype)
 
 

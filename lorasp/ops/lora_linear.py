@@ -39,13 +39,9 @@ def _backward_fake(
     )
 
 
-def autocast_off(device_type: str):
-    return torch.autocast(device_type, enabled=False)
-
-
 def _forward_reference(x, weight, bias, lora_A, lora_B, seed, scale, dropout_p, member, plan, packed):
     refuse_plan("reference", plan)
-    with autocast_off(x.device.type):
+    with registry.autocast_off(x.device.type):
         return reference.forward(x, weight, bias, lora_A, lora_B, seed, scale, dropout_p, member)
 
 
@@ -53,7 +49,7 @@ def _backward_reference(
     dy, x, weight, lora_A, lora_B, xa, seed, mask_A, mask_B, scale, dropout_p, member, need_dx, need_dA, need_dB, plan,
     packed,
 ):  # fmt: skip
-    with autocast_off(dy.device.type):
+    with registry.autocast_off(dy.device.type):
         return reference.backward(
             dy, x, weight, lora_A, lora_B, xa, seed, mask_A, mask_B, scale, dropout_p, member, need_dx, need_dA, need_dB
         )
@@ -65,9 +61,8 @@ def refuse_plan(backend: str, plan: str) -> None:
 
 
 def _forward_triton(x, weight, bias, lora_A, lora_B, seed, scale, dropout_p, member, plan, packed):
-    from lorasp.triton_kernels import lora_linear as kernels
-
-    with autocast_off(x.device.type):
+    kernels = registry.triton_kernels("lora_linear")
+    with registry.autocast_off(x.device.type):
         return kernels.forward(x, weight, bias, lora_A, lora_B, seed, scale, dropout_p, member, plan)
 
 
@@ -75,9 +70,8 @@ def _backward_triton(
     dy, x, weight, lora_A, lora_B, xa, seed, mask_A, mask_B, scale, dropout_p, member, need_dx, need_dA, need_dB, plan,
     packed,
 ):  # fmt: skip
-    from lorasp.triton_kernels import lora_linear as kernels
-
-    with autocast_off(dy.device.type):
+    kernels = registry.triton_kernels("lora_linear")
+    with registry.autocast_off(dy.device.type):
         return kernels.backward(
             dy, x, weight, lora_A, lora_B, xa, seed, mask_A, mask_B, scale, dropout_p, member, need_dx, need_dA,
             need_dB, plan,

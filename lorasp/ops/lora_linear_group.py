@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorasp.ops import registry
-from lorasp.ops.lora_linear import as_rows, autocast_off, cast, refuse_plan, shaped
+from lorasp.ops.lora_linear import as_rows, cast, refuse_plan, shaped
 from lorasp.reference import lora_linear_group as reference
 
 FORWARD_SCHEMA = (
@@ -96,26 +96,24 @@ def _backward_fake(
 def _forward_reference(x, *arguments):
     *arguments, plan, _ = arguments
     refuse_plan("reference", plan)
-    with autocast_off(x.device.type):
+    with registry.autocast_off(x.device.type):
         return reference.forward(x, *arguments)
 
 
 def _backward_reference(dys, *arguments):
-    with autocast_off(dys[0].device.type):
+    with registry.autocast_off(dys[0].device.type):
         return reference.backward(dys, *arguments[:-2])
 
 
 def _forward_triton(x, *arguments):
-    from lorasp.triton_kernels import lora_linear_group as kernels
-
-    with autocast_off(x.device.type):
+    kernels = registry.triton_kernels("lora_linear_group")
+    with registry.autocast_off(x.device.type):
         return kernels.forward(x, *arguments[:-1])
 
 
 def _backward_triton(dys, *arguments):
-    from lorasp.triton_kernels import lora_linear_group as kernels
-
-    with autocast_off(dys[0].device.type):
+    kernels = registry.triton_kernels("lora_linear_group")
+    with registry.autocast_off(dys[0].device.type):
         return kernels.backward(dys, *arguments[:-1])
 
 

@@ -12,7 +12,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from lorasp.ops import registry
-from lorasp.ops.lora_linear import as_rows, autocast_off, cast
+from lorasp.ops.lora_linear import as_rows, cast
 from lorasp.reference import lora_update as reference
 
 FORWARD_SCHEMA = (
@@ -37,26 +37,24 @@ def _backward_fake(dx, dy, x, lora_A, lora_B, xa, seed, scale, dropout_p, member
 
 
 def _forward_reference(y, x, *arguments):
-    with autocast_off(x.device.type):
+    with registry.autocast_off(x.device.type):
         return reference.forward(y, x, *arguments)
 
 
 def _backward_reference(dx, dy, *arguments):
-    with autocast_off(dy.device.type):
+    with registry.autocast_off(dy.device.type):
         return reference.backward(dx, dy, *arguments)
 
 
 def _forward_triton(y, x, *arguments):
-    from lorasp.triton_kernels import lora_update as kernels
-
-    with autocast_off(x.device.type):
+    kernels = registry.triton_kernels("lora_update")
+    with registry.autocast_off(x.device.type):
         return kernels.forward(y, x, *arguments)
 
 
 def _backward_triton(dx, dy, *arguments):
-    from lorasp.triton_kernels import lora_update as kernels
-
-    with autocast_off(dy.device.type):
+    kernels = registry.triton_kernels("lora_update")
+    with registry.autocast_off(dy.device.type):
         return kernels.backward(dx, dy, *arguments)
 
 

@@ -28,8 +28,7 @@ def _reference(params, grads, exp_avgs, exp_avg_sqs, steps, actives, lr, beta1, 
 
 
 def _triton(params, grads, exp_avgs, exp_avg_sqs, steps, actives, lr, beta1, beta2, eps, weight_decay):
-    from lorasp.triton_kernels import partial_adamw as kernels
-
+    kernels = registry.triton_kernels("partial_adamw")
     kernels.step_(params, grads, exp_avgs, exp_avg_sqs, steps, actives, lr, beta1, beta2, eps, weight_decay)
 
 

@@ -6,11 +6,13 @@ forced reference, fp64, or interpreted Triton on CPU tensors.
 """
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import torch
 
@@ -157,6 +159,20 @@ def _check_not_stale(operator: str, backend: str) -> None:
 def choose_plan(plan: str) -> str:
     """The plan of this call: its own, else the one forced by use_backend, else auto."""
     return _forced_plan if plan == "auto" and _forced_plan is not None else plan
+
+
+@functools.cache
+def triton_kernels(operator: str) -> ModuleType:
+    """The launchers of an operator, imported at its first call: importing lorasp must not import triton."""
+    return importlib.import_module(f"lorasp.triton_kernels.{operator}")
+
+
+_AS_IT_IS = contextlib.nullcontext()
+
+
+def autocast_off(device_type: str):
+    """A context without autocast, for what an operator's backends call of torch; free where there is none."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else _AS_IT_IS
 
 
 def define(schema: str) -> None:

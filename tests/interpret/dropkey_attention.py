@@ -175,9 +175,9 @@ def test_key_gradients_are_summed_in_one_program_or_from_partials(monkeypatch):
 
     def spy(kernel, grid, arguments, *rest, **options):
         heads.extend([arguments["heads"]] if "heads" in arguments else [])
-        launch.launch(kernel, grid, arguments, *rest, **options)
+        launch.run(kernel, grid, arguments, *rest, **options)
 
-    monkeypatch.setattr(kernels, "launch", spy)
+    monkeypatch.setattr(launch, "_interceptor", spy)
     for batch, p in ((1, 0.0), (4, 0.0), (4, 0.3)):
         run(kernels, *tensors(batch, 4, 2, 5, 10), p=p)
     assert heads == [1, 2, 1]

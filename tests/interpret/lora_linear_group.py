@@ -9,7 +9,7 @@ import lorasp
 from lorasp import rng
 from lorasp.ops import lora_linear_group as ops
 from lorasp.testing.lora_linear_group import Case, check_case, make_inputs, run
-from lorasp.triton_kernels import launch, lora_linear, tuning
+from lorasp.triton_kernels import launch, tuning
 from lorasp.triton_kernels import lora_linear_group as kernels
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -54,10 +54,9 @@ def launched(monkeypatch):
 
     def spy(kernel, *arguments, **options):
         names.append(kernel.fn.__name__.removeprefix("_lora_linear_").removesuffix("_kernel"))
-        launch.launch(kernel, *arguments, **options)
+        launch.run(kernel, *arguments, **options)
 
-    monkeypatch.setattr(kernels, "launch", spy)
-    monkeypatch.setattr(lora_linear, "launch", spy)
+    monkeypatch.setattr(launch, "_interceptor", spy)
     return names
 
 

@@ -10,6 +10,7 @@ from lorasp.reference import lora_linear as reference
 from lorasp.testing import assert_close, make_inputs
 from lorasp.triton_kernels import launch, philox, tuning
 from lorasp.triton_kernels import lora_linear as kernels
+from lorasp.triton_kernels import lora_linear_products as products
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -57,9 +58,9 @@ def launched(monkeypatch):
 
     def spy(kernel, *arguments, **options):
         names.append(kernel.fn.__name__.removeprefix("_lora_linear_").removesuffix("_kernel"))
-        launch.launch(kernel, *arguments, **options)
+        launch.run(kernel, *arguments, **options)
 
-    monkeypatch.setattr(kernels, "launch", spy)
+    monkeypatch.setattr(launch, "_interceptor", spy)
     return names
 
 
@@ -152,7 +153,7 @@ def test_reduction_takes_any_number_of_parts(parts):
     partials = torch.randn(parts, 9, 13)
     mask = torch.rand(9, 13).lt(0.5).view(torch.uint8)
     for dtype in (torch.float32, torch.float16):
-        total = kernels._reduce(partials, torch.empty(9, 13, dtype=dtype), mask)
+        total = products.reduce(partials, torch.empty(9, 13, dtype=dtype), mask)
         want = torch.where(mask.bool(), partials.sum(0), 0).to(dtype)
         assert_close(total, want, torch.where(mask.bool(), partials.double().sum(0), 0), dtype)
 

@@ -57,7 +57,7 @@ def _planted(name, action):
     def planted(kernel, grid, arguments, *options):
         if name in kernel.fn.__name__:
             return action(arguments)
-        return launch.launch(kernel, grid, arguments, *options)
+        return launch.run(kernel, grid, arguments, *options)
 
     return planted
 
@@ -71,7 +71,7 @@ def test_a_kernel_that_writes_nothing_is_wrong(job, monkeypatch):
     """Its output's memory may still hold the right result of the plan before."""
     bench = DeviceBench(CPU)
     bench.verify(job, FUSED)
-    monkeypatch.setattr(kernels, "launch", _planted("_gemm_", lambda arguments: None))
+    monkeypatch.setattr(launch, "_interceptor", _planted("_gemm_", lambda arguments: None))
     with pytest.raises(AssertionError, match=rf"error inf of {'y' if job == JOB else 'dx'} exceeds .* at {job}"):
         bench.verify(job, FUSED)
     bench.verify(job, Plan("addmm"))
@@ -79,17 +79,17 @@ def test_a_kernel_that_writes_nothing_is_wrong(job, monkeypatch):
 
 def test_a_kernel_that_leaves_its_last_column_out_is_wrong(monkeypatch):
     def shortened(arguments):
-        launch.launch(kernels._lora_linear_gemm_tma_kernel, (1,), arguments, 4, 2)
+        launch.run(kernels._lora_linear_gemm_tma_kernel, (1,), arguments, 4, 2)
         arguments["out_desc"].base[:, -1] = 0.0
 
-    monkeypatch.setattr(kernels, "launch", _planted("_gemm_tma_", shortened))
+    monkeypatch.setattr(launch, "_interceptor", _planted("_gemm_tma_", shortened))
     with pytest.raises(AssertionError, match=r"error \d.* of y exceeds"):
         DeviceBench(CPU).verify(JOB, FUSED)
 
 
 def test_what_does_not_launch_is_rejected(monkeypatch):
     bench = DeviceBench(CPU)
-    monkeypatch.setattr(kernels, "launch", _planted("_gemm_", _out_of_resources))
+    monkeypatch.setattr(launch, "_interceptor", _planted("_gemm_", _out_of_resources))
     with pytest.raises(Rejected, match="OutOfResources: out of resource: shared memory"):
         bench.verify(JOB, FUSED)
 
