@@ -21,12 +21,15 @@ THREADS = 256  # kThreads
 BLOCKS_PER_MULTIPROCESSOR = 2  # what split_sum counts on
 
 KERNELS = {
+    "consistency.cu": {"consistency_forward_kernel", "consistency_merge_kernel", "consistency_backward_kernel"},
     "dropkey_attention.cu": {"dropkey_attention_keys_kernel"},
+    "hidden_cut.cu": {"hidden_cut_kernel"},
     "launch.cu": set(),
     "lora_linear.cu": {
         "lora_linear_accumulate_kernel", "lora_linear_outer_kernel", "lora_linear_project_kernel",
         "lora_linear_reduce_kernel",
     },
+    "partial_adamw.cu": {"partial_adamw_count_kernel", "partial_adamw_kernel"},
 }  # fmt: skip
 
 
@@ -73,6 +76,8 @@ def test_nvcc_compiles(source, tmp_path):
     assert_asks_only_for_the_stable_abi(built)
     if source == "lora_linear.cu":
         assert_uses_tensor_cores_and_wide_accesses(built)
+    if source in ("consistency.cu", "hidden_cut.cu", "partial_adamw.cu"):
+        assert_moves_16_bytes_at_a_time(built)
 
 
 def kernels(log):
@@ -118,16 +123,21 @@ def assert_asks_only_for_the_stable_abi(built):
     assert not [name for name in needed - only_in_cuda_builds if not hasattr(library, name)]
 
 
-def assert_uses_tensor_cores_and_wide_accesses(built):
-    """In the machine code of sm_90: HMMA (mma.sync), LDSM (ldmatrix), LDGSTS (cp.async), 16-byte accesses."""
+def machine_code(built):
+    """(name, code) of every kernel for sm_90; nothing where neither triton nor the toolkit has brought cuobjdump."""
     triton = importlib.util.find_spec("triton")
     tool = triton and Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     tool = tool if tool and tool.exists() else shutil.which("cuobjdump")
     if tool is None:
-        return  # neither triton nor the toolkit has brought cuobjdump
+        return
     sass = subprocess.run([tool, "-sass", "-arch", "sm_90", built], capture_output=True, text=True, check=True).stdout
     for code in sass.split("Function : ")[1:]:
-        name = code.split()[0]
+        yield code.split()[0], code
+
+
+def assert_uses_tensor_cores_and_wide_accesses(built):
+    """HMMA (mma.sync), LDSM (ldmatrix), LDGSTS (cp.async), 16-byte accesses."""
+    for name, code in machine_code(built):
         half = "bf16" in name or "3f16" in name
         if "reduce" in name:
             continue
@@ -136,3 +146,12 @@ def assert_uses_tensor_cores_and_wide_accesses(built):
         if "accumulate" in name:
             assert "LDG.E.128" in code, name
             assert "STG.E.128" in code, name
+
+
+def assert_moves_16_bytes_at_a_time(built):
+    """What streams over a tensor; the forward of consistency writes a few numbers a row."""
+    for name, code in machine_code(built):
+        if "count" in name or "merge" in name:
+            continue
+        assert "LDG.E.128" in code, name
+        assert "STG.E.128" in code or "consistency_forward" in name, name

@@ -51,6 +51,13 @@ def test_shuffle_up(probes):
     assert torch.equal(out.reshape(2, 32), torch.cat((warps[:, :4], warps[:, :-4]), 1))
 
 
+def test_shuffle_xor(probes):
+    numbers_in, out = numbers()
+    run(probes, "probe_shuffle_xor", numbers_in, out)
+    partners = torch.arange(64) ^ 5
+    assert torch.equal(out, numbers_in[partners])
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -62,6 +62,14 @@ __device__ __forceinline__ f16 from_float<f16>(float v) {
 
 __device__ __forceinline__ float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 __device__ __forceinline__ int count_bits(uint32_t v) { return __popc(v); }
+// The upper half of the product.
+__device__ __forceinline__ uint64_t multiply_high(uint64_t a, uint64_t b) { return __umul64hi(a, b); }
+// 2^v in one instruction; 0 where that is below 2^-126.
+__device__ __forceinline__ float power_of_2(float v) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(v));
+  return power;
+}
 
 template <class T>
 __device__ __forceinline__ T load_global(const T* p) {
@@ -173,6 +181,8 @@ __device__ __forceinline__ void multiply_matrices<f16>(float (&acc)[4], const ui
 
 // The value of the lane `distance` below; lanes without one keep their own.
 __device__ __forceinline__ int shuffle_up(int v, int distance) { return __shfl_up_sync(0xFFFFFFFFu, v, distance); }
+// The value of the lane whose number differs in the bits of `mask`.
+__device__ __forceinline__ float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, v, mask); }
 
 // Launches kernel(args) on the stream; throws std::runtime_error where CUDA refuses.
 using Stream = cudaStream_t;

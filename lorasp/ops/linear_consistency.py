@@ -112,7 +112,7 @@ ops = registry.declare(
     "linear_consistency",
     SCHEMA,
     _fake,
-    {"reference": _reference, "cpp": _chunked("cpp"), "triton": _chunked("triton")},
+    {"reference": _reference} | {backend: _chunked(backend) for backend in ("cpp", "triton", "cuda")},
 )
 
 

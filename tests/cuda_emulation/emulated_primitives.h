@@ -69,6 +69,13 @@ inline f16 from_float<f16>(float v) {
 
 inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 inline int count_bits(uint32_t v) { return __builtin_popcount(v); }
+inline uint64_t multiply_high(uint64_t a, uint64_t b) {
+  return static_cast<uint64_t>(static_cast<unsigned __int128>(a) * b >> 64);
+}
+inline float power_of_2(float v) {
+  const float power = std::exp2(v);
+  return power < 0x1p-126f ? 0.0f : power;
+}
 
 template <class T>
 T load_global(const T* p) {
@@ -205,6 +212,25 @@ struct ShuffleUp {
 inline int shuffle_up(int v, int distance, int line = __builtin_LINE()) {
   ShuffleUp shuffle{v, distance};
   emulation::block().warp_operation({"shuffle_up", line, &ShuffleUp::run}, &shuffle);
+  return shuffle.value;
+}
+
+struct ShuffleXor {
+  float value;
+  int mask;
+
+  static void run(void* const (&lanes)[emulation::kWarp]) {
+    float values[emulation::kWarp];
+    for (int lane = 0; lane < emulation::kWarp; ++lane) values[lane] = static_cast<ShuffleXor*>(lanes[lane])->value;
+    for (int lane = 0; lane < emulation::kWarp; ++lane) {
+      auto& mine = *static_cast<ShuffleXor*>(lanes[lane]);
+      mine.value = values[(lane ^ mine.mask) % emulation::kWarp];
+    }
+  }
+};
+inline float shuffle_xor(float v, int mask, int line = __builtin_LINE()) {
+  ShuffleXor shuffle{v, mask};
+  emulation::block().warp_operation({"shuffle_xor", line, &ShuffleXor::run}, &shuffle);
   return shuffle.value;
 }
 

@@ -1,7 +1,10 @@
 // The CUDA operators on the emulator: all of csrc/cuda/*.cu for CPU tensors, as torch.ops.lorasp.<op>_cuda, and for
 // ctypes every launcher of csrc/cuda/lora_linear_launch.cuh in every dtype.
+#include "consistency.cu"
 #include "dropkey_attention.cu"
+#include "hidden_cut.cu"
 #include "lora_linear.cu"
+#include "partial_adamw.cu"
 #include "harness.h"
 
 using namespace lorasp::cuda;

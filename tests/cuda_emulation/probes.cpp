@@ -108,6 +108,15 @@ const char* probe_shuffle_up(const int* in, int* out) {
       },
       {in, out}, 64, 0);
 }
+// Lane l receives what the lane whose number differs in bits 0 and 2 has.
+const char* probe_shuffle_xor(const int* in, int* out) {
+  return one_block(
+      [](Data data) {
+        const float v = static_cast<float>(load_global(data.in + threadIdx.x));
+        store_global(data.out + threadIdx.x, static_cast<int>(shuffle_xor(v, 5)));
+      },
+      {in, out}, 64, 0);
+}
 const char* probe_shuffle_a_lane_misses(const int* in) {
   return one_block(
       [](Data) {

@@ -1,0 +1,284 @@
+"""partial_adamw in CUDA C++: kernels and operator, executed on the CPU by the emulator; on a GPU where there is one."""
+
+import ctypes
+from ctypes import c_double, c_int, c_int64, c_void_p
+
+import pytest
+import torch
+from cuda_emulation.backend import ORDERS, emulate, require_gpu_build
+from cuda_emulation.library import DTYPES as NUMBER_OF
+from cuda_emulation.library import EmulationError, call, load, pointer
+
+from lorasp import testing
+from lorasp.ops import registry
+from lorasp.ops.partial_adamw import step_ops
+
+P, Q = 37, 101
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ACTIVE_SHAPES = {"everything": None, "all or nothing": (1, 1), "rows": (P, 1), "columns": (1, Q), "entries": (P, Q)}
+HYPER = (1e-2, 0.9, 0.999, 1e-8, 0.1)
+NAMES = ("param", "exp_avg", "exp_avg_sq", "steps")
+
+
+class Operand(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("param", "grad", "exp_avg", "exp_avg_sq", "steps", "active")),
+        ("P", c_int64), ("Q", c_int64), ("grain", c_int),
+    )  # fmt: skip
+
+
+def emulated_step(params, grads, exp_avgs, exp_avg_sqs, steps, actives, *hyper, order=0, faults=()):
+    """The raw op's step over contiguous 2-d parameters of one dtype, all memory guarded."""
+    library = load("partial_adamw", *faults)
+    library.emulated_set_order(ctypes.c_uint64(order))
+    operands = (Operand * len(params))()
+    for i, tensors in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, steps, actives, strict=True)):
+        shape, active = params[i].shape, actives[i]
+        per_row, per_column = (False, False) if active is None else (n != 1 for n in active.shape)
+        operands[i] = Operand(*map(pointer, tensors), *shape, 2 * per_column + per_row)
+    call(
+        library.emulated_partial_adamw, c_int(NUMBER_OF[params[0].dtype]), operands, c_int64(len(params)),
+        *map(c_double, hyper),
+    )  # fmt: skip
+
+
+def run(step, dtype, kind, *, values=None, taken=0, poison=False, shift=0):
+    """param, exp_avg, exp_avg_sq, steps after three steps over changing selections, what rests the same to the bit.
+
+    values: dtype of the numbers; shift: elements behind a multiple of 16 bytes.
+    """
+
+    def placed(tensor):
+        room = torch.zeros(tensor.numel() + shift, dtype=tensor.dtype)
+        return room[shift:].view(tensor.shape).copy_(tensor)
+
+    generator, shape = torch.Generator().manual_seed(1), ACTIVE_SHAPES[kind]
+    normal = lambda: torch.randn(P, Q, generator=generator).to(values or dtype).to(dtype)  # noqa: E731
+    tensors = [placed(tensor) for tensor in (normal(), torch.zeros(P, Q).to(dtype), torch.zeros(P, Q).to(dtype))]
+    steps = placed(torch.randint(taken, taken + 3, shape or (1,), generator=generator, dtype=torch.int32))
+    for _ in range(3):
+        grad = placed(normal())
+        active = None if shape is None else placed(torch.rand(shape, generator=generator) < 0.5)
+        resting = torch.zeros(P, Q, dtype=torch.bool) if shape is None else ~active.expand(P, Q)
+        before = [tensor.clone() for tensor in (*tensors, steps)]
+        if poison:
+            grad.masked_fill_(resting, torch.nan)
+        step(*([tensor] for tensor in (tensors[0], grad, *tensors[1:], steps)), [active], *HYPER)
+        for old, new in zip(before, tensors, strict=False):
+            assert torch.equal(old[resting], new[resting])
+        assert torch.equal(steps, before[3] + (1 if active is None else active))
+    return [*tensors, steps]
+
+
+def assert_right(step, dtype, kind, **options):
+    actual, plain = (run(one, dtype, kind, **options) for one in (step, step_ops["reference"]))
+    exact = run(step_ops["reference"], torch.float64, kind, values=dtype, **options)
+    for what, *tensors in zip(NAMES[:3], actual, plain, exact, strict=False):
+        testing.assert_close(*tensors, dtype, what)
+
+
+@pytest.mark.parametrize("shift", [0, 1], ids=["aligned", "shifted"])
+@pytest.mark.parametrize("taken", [0, 2**20])
+@pytest.mark.parametrize("kind", ACTIVE_SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_step(dtype, kind, taken, shift):
+    assert_right(emulated_step, dtype, kind, taken=taken, shift=shift)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ACTIVE_SHAPES if kind != "everything"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_leaks_in_from_where_nothing_is_active(dtype, kind):
+    assert all(tensor.isfinite().all() for tensor in run(emulated_step, dtype, kind, poison=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_rests_keeps_even_the_bits_of_nan(dtype):
+    """Bits, not numbers: neighbours in one vector are written with them."""
+    half = dtype.itemsize == 2
+    integers, pattern = (torch.int16, 0x7FA5 if half else 0) if half else (torch.int32, 0x7FA00001)
+    bits = torch.full((4, 16), pattern, dtype=integers)
+    tensors = [bits.clone().view(dtype) for _ in range(3)]
+    active = torch.zeros(4, 16, dtype=torch.bool)
+    active[:, ::3] = True
+    for tensor in tensors:
+        tensor[active] = 1.0
+    steps = torch.zeros(4, 16, dtype=torch.int32)
+    emulated_step(*([t] for t in (tensors[0], torch.ones(4, 16, dtype=dtype), *tensors[1:], steps)), [active], *HYPER)
+    for tensor in tensors:
+        assert torch.equal(tensor.view(integers)[~active], bits[~active])
+        assert tensor[active].isfinite().all()
+
+
+def many(count, dtype=torch.float32):
+    """Parameters of many sizes and grains, some of them empty."""
+    generator = torch.Generator().manual_seed(0)
+    lists = [[] for _ in range(6)]
+    for i in range(count):
+        p, q = ((3, 5), (1, 2100), (16, 9), (0, 3), (2, 0), (300, 1))[i % 6]
+        values = [torch.randn(p, q, generator=generator).to(dtype) for _ in range(3)]
+        values.append(torch.rand(p, q, generator=generator).to(dtype))
+        shape = ((1, 1), None, (p, 1), (1, q), (p, q))[i % 5]
+        active = None if shape is None else torch.rand(shape, generator=generator) < 0.6
+        steps = torch.randint(0, 9, shape or (1,), generator=generator, dtype=torch.int32)
+        for one, tensor in zip(lists, (*values, steps, active), strict=True):
+            one.append(tensor)
+    return lists
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=ORDERS.get)
+@pytest.mark.parametrize("count", [1, 36, 37, 80])
+def test_many_parameters_share_a_launch(count, order):
+    actual, expected = many(count), many(count)
+    emulated_step(*actual, *HYPER, order=order)
+    step_ops["reference"](*expected, *HYPER)
+    for name in (0, 2, 3, 4):
+        for have, want in zip(actual[name], expected[name], strict=True):
+            torch.testing.assert_close(have, want)
+
+
+@pytest.mark.parametrize(
+    "hyper", [(1e-2, 0.0, 0.0, 1e-8, 0.0), (0.0, 0.9, 0.99, 0.0, 0.5), (1e-3, 0.5, 0.999999, 0.0, 0)]
+)
+def test_extreme_settings(hyper):
+    actual, expected = many(12), many(12)
+    emulated_step(*actual, *hyper)
+    step_ops["reference"](*expected, *hyper)
+    for have, want in zip(actual[0], expected[0], strict=True):
+        torch.testing.assert_close(have, want)
+
+
+FAULTS = {
+    "an index one entry too far": (
+        ("partial_adamw.cuh", "store_vector<T>(item.param + index,", "store_vector<T>(item.param + index + 1,"),
+        "out of bounds|that another thread writes",
+    ),
+    "a tail that is not cut": (
+        ("partial_adamw.cuh", "left < kVector<T> ? static_cast<int>(left) : kVector<T>;\n  ActiveEntries",
+         "kVector<T>;\n  ActiveEntries"),
+        "out of bounds",
+    ),
+    "steps of one count for all": (
+        ("partial_adamw.cuh", "if (active.steps[i] != t) {", "if (t == 0) {"),
+        None,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("fault", "message"), FAULTS.values(), ids=FAULTS)
+def test_planted_faults_are_caught(fault, message):
+    def step(*arguments):
+        emulated_step(*arguments, faults=(fault,))
+
+    caught, text = (AssertionError, "error .* exceeds") if message is None else (EmulationError, message)
+    with pytest.raises(caught, match=text):
+        assert_right(step, torch.float32, "entries")
+
+
+@pytest.fixture
+def emulated(monkeypatch, poisoned_memory):
+    emulate(monkeypatch, "partial_adamw")
+
+
+@pytest.mark.parametrize("kind", ACTIVE_SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_operator(emulated, dtype, kind):
+    assert_right(step_ops["cuda"], dtype, kind)
+
+
+def test_operator_takes_parameters_of_any_shape_layout_and_dtype(emulated):
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.randn(shape, generator=generator) for shape in ((), (7,), (3, 4, 5), (0, 3), (200, 3))]
+    params += [torch.randn(9, 5, generator=generator).t(), torch.randn(4, 12, generator=generator)[:, ::2]]
+    params += [param.to(dtype) for param in params[-2:] for dtype in DTYPES[1:]]
+    grads = [torch.randn(param.shape, generator=generator).to(param.dtype) for param in params]
+    actives = [None] * len(params)
+    actives[6], actives[7] = torch.rand(6, 4).t() < 0.5, torch.rand(5, 1) < 0.5
+    results = []
+    for backend in ("cuda", "reference"):
+        own = [param.clone() for param in params]  # clone() keeps the layout of dense ones
+        own[6] = torch.zeros(4, 12)[:, ::2].copy_(params[6])
+        moments = [[torch.zeros_like(param) for param in own] for _ in range(2)]
+        steps = [torch.zeros(1 if active is None else active.shape, dtype=torch.int32) for active in actives]
+        steps[6] = torch.zeros(6, 4, dtype=torch.int32).t()
+        step_ops[backend](own, grads, *moments, steps, actives, *HYPER)
+        results.append([*own, *moments[0], *moments[1], *steps])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("kind", ACTIVE_SHAPES)
+def test_opcheck(emulated, kind):
+    shape = ACTIVE_SHAPES[kind]
+    active = None if shape is None else torch.rand(shape) < 0.5
+    tensors = [[torch.rand(P, Q)] for _ in range(4)]
+    steps = torch.zeros(shape or (1,), dtype=torch.int32)
+    torch.library.opcheck(step_ops["cuda"], (*tensors, [steps], [active], *HYPER))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"params": [torch.zeros(3, 4).double()]}, r"params\[0\] must be float32, bfloat16 or float16"),
+        ({"grads": [torch.zeros(4, 3)]}, r"grads\[0\] must be shaped like its parameter"),
+        ({"exp_avgs": [torch.zeros(3, 4).half()]}, r"exp_avgs\[0\] must have dtype Float, got Half"),
+        ({"exp_avg_sqs": []}, "must be as many, got 1 and 0"),
+        ({"steps": [torch.zeros(3, 4)]}, r"steps\[0\] must have dtype Int, got Float"),
+        ({"steps": [torch.zeros(1, dtype=torch.int32)]}, r"steps\[0\] must be shaped like its active"),
+        ({"actives": [torch.ones(2, 4, dtype=torch.bool)]}, r"actives\[0\] must be \(1 or 3, 1 or 4\), got \(2, 4\)"),
+        ({"actives": [torch.ones(3, 4)]}, r"actives\[0\] must have dtype Bool, got Float"),
+        ({"actives": [torch.ones(4, dtype=torch.bool)]}, r"actives\[0\] must be 2-d beside a 2-d parameter, got 1"),
+    ],
+    ids=str,
+)
+def test_raw_op_refuses(emulated, change, message):
+    arguments = {name: [torch.zeros(3, 4)] for name in ("params", "grads", "exp_avgs", "exp_avg_sqs")}
+    arguments |= {"steps": [torch.zeros(3, 4, dtype=torch.int32)], "actives": [torch.ones(3, 4, dtype=torch.bool)]}
+    with pytest.raises(RuntimeError, match=f"partial_adamw: .*{message}"):
+        step_ops["cuda"](*(arguments | change).values(), *HYPER)
+
+
+def test_auto_takes_cuda_where_triton_is_not_installed(emulated, monkeypatch):
+    monkeypatch.setattr(registry, "_triton_installed", False)
+    assert registry.choose("partial_adamw", "cuda", torch.bfloat16) == "cuda"
+    monkeypatch.setattr(registry, "_triton_installed", True)
+    assert registry.choose("partial_adamw", "cuda", torch.bfloat16) == "triton"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [None, (1, 1), (1000, 1), (1, 4099), (1000, 4099)], ids=str)
+@pytest.mark.parametrize("taken", [0, 7, 2**20])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gpu(dtype, taken, shape):
+    require_gpu_build()
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(1000, 4099, generator=generator) for _ in range(4)]
+    values.append(values.pop().square())
+    steps = torch.randint(taken, taken + 3, shape or (1,), generator=generator, dtype=torch.int32)
+    active = None if shape is None else torch.rand(shape, generator=generator) < 0.5
+
+    def step(backend, kind, device):
+        param, grad, *moments = (value.to(dtype).to(device, kind, copy=True) for value in values)
+        counted = steps.to(device, copy=True)
+        step_ops[backend](
+            [param], [grad], *([moment] for moment in moments), [counted],
+            [None if active is None else active.to(device)], *HYPER,
+        )  # fmt: skip
+        return [tensor.cpu() for tensor in (param, *moments, counted)]
+
+    actual = step("cuda", dtype, "cuda")
+    reference, exact = step("reference", dtype, "cpu"), step("reference", torch.float64, "cpu")
+    assert torch.equal(actual.pop(), reference.pop())
+    for tensors in zip(actual, reference, exact, strict=False):
+        testing.assert_close(*tensors, dtype)
+
+
+@pytest.mark.gpu
+def test_gpu_many_parameters_share_a_launch():
+    require_gpu_build()
+    actual, expected = many(80), many(80)
+    on_gpu = [[None if t is None else t.cuda() for t in tensors] for tensors in actual]
+    step_ops["cuda"](*on_gpu, *HYPER)
+    step_ops["reference"](*expected, *HYPER)
+    for name in (0, 2, 3, 4):
+        for have, want in zip(on_gpu[name], expected[name], strict=True):
+            torch.testing.assert_close(have.cpu(), want)
