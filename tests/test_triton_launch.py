@@ -1,4 +1,4 @@
-"""launch.Launch hands later calls to the kernel that the JIT compiled for an earlier one; which, shows without a GPU."""
+"""launch.Launch hands later calls to the kernel the JIT compiled for an earlier one; which, shows without a GPU."""
 
 import itertools
 

@@ -135,6 +135,8 @@ def _device_bench(options: argparse.Namespace) -> tuple[Bench, dict[str, str]]:
             "times of Triton's interpreter mean nothing to a plan table: --out must name a folder for them"
         )
     if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     bench = devices.DeviceBench(device)
     return bench, devices.provenance(bench)
