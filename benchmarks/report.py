@@ -205,6 +205,24 @@ def _memory_cells(row: dict[str, str], timed: bool) -> list[str]:
     return [peak, saved, over, *[step] * timed]
 
 
+_PUBLISHED = "memory-llama-7b-roberta-large-t5-large-computed-for-cuda"
+
+
+def memory_otherwise(results: Results) -> str:
+    """GiB at the peak, as in memory_table, without dropout and with activation checkpointing."""
+    files = {
+        "no dropout": results.rows(f"{_PUBLISHED}-bfloat16"),
+        "checkpointing": results.rows(f"{_PUBLISHED}-checkpointing-bfloat16-dropout0.05"),
+    }
+    head, columns = [""], []
+    for words, rows in files.items():
+        for i, part in enumerate(_by(rows, "model")):
+            head.append(f"{words}: " * (i == 0) + MODELS[part[0]["model"]])
+            columns.append({row["variant"]: rounded(Decimal(row["peak_bytes"]) / _GIB, 1) for row in part})
+    lines = [[VARIANTS[name], *(column[name] for column in columns)] for name in columns[0]]
+    return table(head, lines)
+
+
 def other_models(results: Results) -> str:
     rows = results.rows(f"model-toy-roberta-toy-gpt2-toy-t5-{EPYC}-bfloat16-dropout0.05")
     found = {(row["model"], row["variant"]): ratio(row["to_peft"]) for row in rows}
@@ -221,8 +239,9 @@ def small_operators(results: Results) -> str:
     for dtype, word in (("bfloat16", "bf16"), ("float32", "fp32")):
         (row,) = (r for r in results.rows(f"consistency-{XEON}-{dtype}") if r["name"] == "lorasp")
         found.append(f"{ratio(row['ratio'])} ({word})")
+    least, most = ratio(min(ratios)), ratio(max(ratios))
     return (
-        f"`hidden_cut` with its residual takes {ratio(min(ratios))} to {ratio(max(ratios))} of `nn.Dropout` and an add, "
+        f"`hidden_cut` with its residual takes {least} to {most} of `nn.Dropout` and an add, "
         f"`consistency_loss` at 2048×32000 with both gradients {' to '.join(found)} of the\nformula in PyTorch.\n"
     )
 
@@ -289,17 +308,14 @@ def _gpu_table(rows: Rows) -> str:
     return table(["sizes", "", "rate", "ratio"], lines)
 
 
-def _memory_computed(results: Results, end: str) -> str:
-    return memory_table(results.rows(f"memory-llama-7b-roberta-large-t5-large-computed-for-cuda-{end}"))
-
-
 _OWN = f"lora_linear-own-{XEON}"
 BLOCKS: dict[str, Callable[[Results], str]] = {
     "gpu": gpu,
     "no-gpu": no_gpu,
     "models": lambda results: model_table(results.rows(f"model-toy-llama-{EPYC}-bfloat16-dropout0.05")),
     "other-models": other_models,
-    "memory-computed": functools.partial(_memory_computed, end="bfloat16-dropout0.05"),
+    "memory-computed": lambda results: memory_table(results.rows(f"{_PUBLISHED}-bfloat16-dropout0.05")),
+    "memory-otherwise": memory_otherwise,
     "layer": functools.partial(of_providers, kind=f"{_OWN}-bfloat16", names=PROVIDERS),
     "layer-amd": amd_layers,
     "layer-dropout": functools.partial(of_providers, kind=f"{_OWN}-bfloat16-dropout0.1", names=PROVIDERS),

@@ -15,7 +15,7 @@ from lorasp import cli
 from lorasp.bench import model_memory, model_memory_report, models
 from lorasp.bench.account import PARTS, Account, account, as_on
 from lorasp.bench.model_memory import Setting, compute
-from lorasp.bench.model_variants import MODELS, VARIANTS
+from lorasp.bench.model_variants import MODELS, VARIANTS, Variant
 from lorasp.memory import saved_bytes
 
 pytest.importorskip("peft")
@@ -186,29 +186,17 @@ def test_measured_rows_come_from_a_process_each(tmp_path, capsys, monkeypatch):
     assert int(rows[2]["saved_over_frozen"]) == int(rows[2]["saved_bytes"]) - int(rows[0]["saved_bytes"])
 
 
-class Allocator:
-    """What measure() asks of torch.cuda, for a machine without it."""
-
-    def install(self, monkeypatch, error=None):
-        monkeypatch.setattr(model_memory, "_peak_of_a_step", lambda *a: (10 * 2**30, 11 * 2**30))
-        monkeypatch.setattr(model_memory, "_time_alone", lambda *a: {"ms_q1": 1.0, "ms": 2.0, "ms_q3": 3.0})
-        monkeypatch.setattr(model_memory, "verify_operators", lambda *a: None)
-        if error:
-            monkeypatch.setattr(model_memory, "interleave", lambda *a: (_ for _ in ()).throw(error))
-
-
 def on_cuda(monkeypatch, error=None):
-    """run() as on a GPU, every process and clock on this CPU."""
-    Allocator().install(monkeypatch, error)
+    """run() as on a GPU, with this CPU's tensors and clocks of our own; error: what timing all together raises."""
     measure, workload = model_memory.measure, Setting.workload
     monkeypatch.setattr(Setting, "workload", lambda self, device: workload(self, CPU))
+    monkeypatch.setattr(model_memory, "_peak_of_a_step", lambda *a: (10 * 2**30, 11 * 2**30))
+    monkeypatch.setattr(model_memory, "verify_operators", lambda *a: None)
     monkeypatch.setattr(model_memory, "make_clock", lambda device: lambda step, calls: step() or 1.0)
+    monkeypatch.setattr(model_memory, "ask_child", measure)
+    if error:
+        monkeypatch.setattr(model_memory, "interleave", lambda *a: (_ for _ in ()).throw(error))
     setting = Setting(NAME, torch.bfloat16, 0.0)
-
-    def ask(setting, variant, device):
-        return measure(setting, variant, device) | {"ms_q1": 1.0, "ms": 2.0, "ms_q3": 3.0}
-
-    monkeypatch.setattr(model_memory, "ask_child", ask)
     return model_memory.run(setting, ["lorasp+fa"], "measured", device=torch.device("cuda"), rounds=2)
 
 
@@ -226,7 +214,7 @@ def test_where_the_variants_do_not_fit_together_it_says_so(monkeypatch, capsys):
     model_memory_report.print_result(result)
     assert "NOT interleaved" in capsys.readouterr().out
     assert {row.timing for row in result.rows} == {"each in a process of its own"}
-    assert {(row.ms, row.to_peft) for row in result.rows} == {(2.0, None)}
+    assert {(row.ms, row.to_peft) for row in result.rows} == {(1000.0, None)}
 
 
 def test_a_variant_that_does_not_fit_has_no_row_and_a_reason(monkeypatch):
@@ -260,3 +248,15 @@ def test_a_child_prints_one_line_of_json(capsys):
 def test_it_names_what_it_cannot_do(arguments, message, tmp_path, capsys):
     assert cli.main(["bench", *arguments, "--out", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_out_of_memory_and_what_cannot_be_built_are_reasons(monkeypatch):
+    def refuse(model, rank, dropout_p):
+        raise ValueError("not around this model")
+
+    setting = Setting(NAME, torch.bfloat16, 0.0)
+    monkeypatch.setitem(VARIANTS, "refused", Variant("raises", refuse))
+    want = {"unavailable": "not around this model"}
+    assert model_memory.measure(setting, "refused", CPU) == compute(setting, "refused", "cuda") == want
+    monkeypatch.setattr(models.Candidate, "step", lambda self: (_ for _ in ()).throw(torch.OutOfMemoryError("full\n")))
+    assert model_memory.measure(setting, "lorasp", CPU) == {"unavailable": "full"}

@@ -182,17 +182,23 @@ def measure(setting: Setting, variant: str, device: torch.device) -> dict:
     with console.quiet_imports():
         importlib.import_module("peft")  # for every variant: it is no part of what training keeps
     try:
-        workload = setting.workload(device)
+        return _measured(setting.workload(device), variant, device)
+    except torch.OutOfMemoryError as error:
+        return {"unavailable": str(error).splitlines()[0]}
+
+
+def _measured(workload: Workload, variant: str, device: torch.device) -> dict:
+    try:
         candidate = workload.build(variant)
-        for _ in range(_WARM_STEPS):
-            candidate.step()
-        peak, reserved = _peak_of_a_step(candidate, device)
-        with _watch(candidate, workload) as watch:
-            candidate.step()
-        kept = saved_bytes(candidate.logits, exclude=candidate.model)
-        timed = _time_alone(candidate, device) if device.type == "cuda" else {}
-    except (ValueError, torch.OutOfMemoryError) as reason:
-        return {"unavailable": str(reason).splitlines()[0]}
+    except ValueError as reason:
+        return {"unavailable": str(reason)}
+    for _ in range(_WARM_STEPS):
+        candidate.step()
+    peak, reserved = _peak_of_a_step(candidate, device)
+    with _watch(candidate, workload) as watch:
+        candidate.step()
+    kept = saved_bytes(candidate.logits, exclude=candidate.model)
+    timed = _time_alone(candidate, device) if device.type == "cuda" else {}
     return {"peak_bytes": peak, "reserved_bytes": reserved, **_facts(watch, candidate, kept), **timed}
 
 
