@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import dataclasses
 import io
 import json
 import sys
@@ -82,6 +83,38 @@ def test_what_each_variant_saves_is_what_the_contract_says():
     assert frozen["adapters"] == frozen["optimizer"] == frozen["gradients"] == 0
     base = CASE.build(torch.bfloat16, CPU)
     assert frozen["weights"] == sum(t.nbytes for t in (*base.parameters(), *base.buffers()))
+
+
+# Bytes a token keeps in one of LLaMA-7B's layers: inputs of the seven linear layers, of which q, k, v and gate, up
+# share theirs and attention keeps o_proj's; PEFT keeps a dropped copy and a mask, 1 byte an element, for each.
+WIDTH, MLP, LAYERS, RANK = 4096, 11008, 2, 16
+WIDTHS = [WIDTH] * 6 + [MLP]
+BY_HAND = {
+    "lorasp+fa": 7 * RANK * 2,
+    "lorasp": 7 * RANK * 2 + (2 * WIDTH + MLP) * 2,
+    "lorasp+sp": 7 * RANK * 2 + (2 * WIDTH + MLP),
+    "peft": sum(4 * k + k + 4 * RANK for k in WIDTHS),
+    "peft-half": sum(2 * k + k + 2 * RANK for k in WIDTHS),
+    "peft+fa": sum(k + 4 * RANK for k in WIDTHS),
+}
+
+
+def test_llama_7b_by_hand(monkeypatch):
+    case = MODELS["llama-7b"]
+    short = dataclasses.replace(case, config=dict(case.config) | {"num_hidden_layers": LAYERS})
+    monkeypatch.setitem(MODELS, "llama-7b", short)
+    setting, tokens = Setting("llama-7b", torch.bfloat16, 0.05), case.batch * case.tokens
+    frozen = compute(setting, "frozen", "cuda")
+    # Two norms keep x in fp32 and a root each; attention q, k, v, its output, 32 sums in fp32; the MLP three tensors.
+    layer = 2 * (4 * WIDTH + 4) + 4 * 2 * WIDTH + 32 * 4 + 3 * 2 * MLP
+    last_norm, rotary = 4 * WIDTH + 4, 2 * 128 * 2
+    by_hand = tokens * (LAYERS * layer + last_norm) + case.tokens * rotary
+    # What a flash attention keeps of its random state.
+    assert by_hand <= frozen["saved_bytes"] <= by_hand + LAYERS * 64
+    for variant, bytes_of_a_token in BY_HAND.items():
+        seeds = 4 * 8 * LAYERS * variant.startswith("lorasp")
+        over_frozen = compute(setting, variant, "cuda")["saved_bytes"] - frozen["saved_bytes"]
+        assert over_frozen == tokens * LAYERS * bytes_of_a_token + seeds, variant
 
 
 def test_on_cuda_dropout_keeps_a_byte_and_attention_its_rows():
