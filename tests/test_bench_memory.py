@@ -4,6 +4,7 @@ import contextlib
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import sys
 from types import SimpleNamespace
@@ -55,6 +56,35 @@ def test_without_data_it_counts_what_it_counts_with_data_to_the_byte(variant, ch
     want["optimizer"] -= counters
     assert {name: have[name] for name in want} == want
     assert have["peak_bytes"] == have["accounted_bytes"] == sum(have[part] for part in PARTS)
+
+
+@pytest.fixture
+def one_thread():
+    """Kernels allocate for every thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("variant", ["frozen", "peft", "lorasp", "lorasp+fa", "lorasp+sp"])
+def test_the_allocator_agrees(variant, monkeypatch, one_thread):
+    """PyTorch's own record of every allocation: the account's peak, and what operators allocated inside beyond it."""
+    sizes = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2, "vocab_size": 128}
+    middling = dataclasses.replace(CASE, config=dict(CASE.config) | sizes, batch=4, tokens=64)
+    monkeypatch.setitem(MODELS, "middling", middling)
+    workload = Setting("middling", torch.bfloat16, 0.05).workload(CPU)
+    candidate = workload.build(variant)
+    candidate.step()
+    with model_memory._watch(candidate, workload) as watch:
+        standing = sum(watch.live.values())
+        candidate.step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        candidate.step()
+    changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    allocated = max(itertools.accumulate(event.nbytes() for event in changes))
+    assert watch.peak - standing <= allocated <= 1.1 * (watch.peak - standing)
 
 
 @pytest.mark.parametrize("name", ["tiny-roberta", "tiny-t5"])

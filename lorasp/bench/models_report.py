@@ -173,6 +173,7 @@ def plot(path: Path, rows: Sequence[Row], machine: str, versions: dict[str, str]
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    what = "resident" if machine.endswith(" threads)") else "allocated"
     names = list(dict.fromkeys(row.model for row in rows))
     most = max(sum(row.model == name for row in rows) for name in names)
     figure, axes = pyplot.subplots(
@@ -188,7 +189,7 @@ def plot(path: Path, rows: Sequence[Row], machine: str, versions: dict[str, str]
         line[1].axvline(found[0].saved_bytes / _MIB, color="#202124", linewidth=1, zorder=0)
         line[1].set_title("MiB saved for backward, weights aside", fontsize=9)
         _bars(line[2], found, [(row.peak_bytes or 0) / _MIB for row in found], "{:.0f}")
-        line[2].set_title("MiB resident at most, in a process of its own", fontsize=9)
+        line[2].set_title(f"MiB {what} at most, in a process of its own", fontsize=9)
         line[0].set_ylabel(title(found[0]).replace(", ", "\n"), fontsize=8)
     subtitle = f"torch {versions['torch']}, peft {versions['peft']}, lorasp {versions['lorasp']} {versions['commit']}"
     figure.suptitle(f"training steps on {machine}\n{subtitle.rstrip()}", fontsize=11)
