@@ -126,7 +126,8 @@ def as_on(device_type: str) -> Iterator[None]:
     """Let functions that look at the device of their tensors take a meta tensor for one on `device_type` (cuda or cpu).
 
     These are dropout, which is one operator with a bool mask on CUDA, and scaled_dot_product_attention, which chooses a
-    kernel: what PyTorch chooses on such a device is called here. Everything else decomposes alike on all devices.
+    kernel: what PyTorch chooses on such a device is called here. The rest of what these models call is on meta what it
+    is on CUDA; on a CPU it is too, but for a layer norm in half precision, whose sums are kept in fp32 here.
     transformers, which asks the position ids whether sequences are packed, is told that they are not.
     """
     from transformers import masking_utils
@@ -165,10 +166,8 @@ def _attention_on_cuda(query, key, value, attn_mask=None, dropout_p=0.0, is_caus
 
 def _attention_on_cpu(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
     """The blocked kernel where it drops nothing; else the formula, weights and all."""
-    arguments = query, key, value, dropout_p, is_causal
     if dropout_p == 0.0:
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*arguments, attn_mask=attn_mask, scale=scale)[
-            0
-        ]
+        blocked = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return blocked(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
     math = torch.ops.aten._scaled_dot_product_attention_math
     return math(query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa)[0]
