@@ -84,7 +84,9 @@ def test_the_allocator_agrees(variant, monkeypatch, one_thread):
     changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     changes.sort(key=lambda event: event.start_ns())
     allocated = max(itertools.accumulate(event.nbytes() for event in changes))
-    assert watch.peak - standing <= allocated <= 1.1 * (watch.peak - standing)
+    # 8 bytes of seed per input that layers share stay from one step to the next.
+    seeds = 8 * 2 * sizes["num_hidden_layers"]
+    assert watch.peak - standing - seeds <= allocated <= 1.1 * (watch.peak - standing)
 
 
 @pytest.mark.parametrize("name", ["tiny-roberta", "tiny-t5"])
