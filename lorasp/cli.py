@@ -77,6 +77,14 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--child", metavar="VARIANT", help="with --model: only train it for a few steps and print its peak memory"
     )
+    bench.add_argument(
+        "--memory", nargs="?", const="auto", choices=("auto", "measured", "computed"),
+        help="with --model: the peak memory of one step and its parts (always so for published sizes): measured in a "
+        "process per variant, or computed on tensors without data (default: measured where there is a GPU)",
+    )  # fmt: skip
+    bench.add_argument(
+        "--checkpointing", action="store_true", help="with --memory or a published size: activation checkpointing"
+    )
     bench.add_argument("--shapes", nargs="+", metavar="SET", help=f"named sets: {', '.join(_shape_sets())}")
     bench.add_argument("--mknr", nargs="+", type=_mknr, metavar="M,K,N,R", help="shapes of your own")
     bench.add_argument(
@@ -274,11 +282,15 @@ def _demo(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     if options.model:
         require("peft", "transformers", extra="bench")
-        from lorasp.bench import models_report
+        from lorasp.bench import model_memory_report, models_report
 
+        if model_memory_report.wanted(options):
+            return model_memory_report.run(options)
+        if options.checkpointing:
+            raise UsageError("--checkpointing needs --memory or a model of a published size")
         return models_report.run(options)
-    for name in ("variants", "child"):
-        if getattr(options, name) is not None:
+    for name in ("variants", "child", "memory", "checkpointing"):
+        if getattr(options, name) not in (None, False):
             raise UsageError(f"--{name} needs --model")
     from lorasp.bench import command, hiddenkey_report
 

@@ -1,5 +1,6 @@
 """Which whole models `lorasp bench --model` knows, and the ways to adapt one: PEFT's and lorasp's, by one table."""
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -21,27 +22,40 @@ SEED = 7
 
 @dataclass(frozen=True)
 class ModelCase:
-    """A transformers model made from a config (no weights are read), and the batch and rank it trains with."""
+    """A transformers model made from a config (no weights are read), and the batch and rank it trains with.
+
+    published: the sizes of a published model, of which memory is what is asked for.
+    """
 
     family: str
     head: str
-    config: Mapping[str, int]
+    config: Mapping[str, object]
     batch: int
     tokens: int
     rank: int
+    published: bool = False
 
-    def build(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
-        """The frozen model. Its matrices are larger than at initialisation, so that every layer matters."""
+    def build(self, dtype: torch.dtype, device: torch.device, checkpointing: bool = False) -> nn.Module:
+        """The frozen model. Its matrices are larger than at initialisation, so that every layer matters.
+
+        checkpointing: transformers' own, which keeps each layer's input and runs the layer again in backward.
+        """
         import transformers
 
         torch.manual_seed(SEED)
         config = getattr(transformers, f"{self.family}Config")(**self.config, **_SPECIAL_TOKENS)
-        model = getattr(transformers, f"{self.family}{self.head}")(config)
+        # Straight in place: a large model never passes through fp32 on the host, and tied weights stay tied on meta.
+        with _made_as(dtype, device):
+            model = getattr(transformers, f"{self.family}{self.head}")(config)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim == 2:
                     parameter.normal_(std=parameter.shape[1] ** -0.5)
-        return model.to(device, dtype).train().requires_grad_(False)
+        if checkpointing:
+            # Its name changes from transformers 5 to 6.
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+        return model.train().requires_grad_(False)
 
     def inputs(self, model: nn.Module, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """Input embeddings that require grad, as activations inside a model do, and labels."""
@@ -56,9 +70,36 @@ class ModelCase:
         return made | {"labels": torch.randint(classes, shape, generator=generator).to(device)}
 
 
+@contextlib.contextmanager
+def _made_as(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """New floating-point tensors are of this dtype and on this device."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 _SPECIAL_TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 _LLAMA = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, "vocab_size": 512}
 _ENCODER = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "vocab_size": 512}
+# Sizes as published with the weights (LLaMA arXiv 2302.13971, RoBERTa arXiv 1907.11692, T5 arXiv 1910.10683). Batch,
+# length and rank are this project's choice: how LoRA-FA and LoRA-SP set theirs could not be read. No cache of keys and
+# values, which is for generating.
+_LLAMA_7B = {
+    "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 32, "vocab_size": 32000, "max_position_embeddings": 2048, "use_cache": False,
+}  # fmt: skip
+_ROBERTA_LARGE = {
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+    "vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1,
+}  # fmt: skip
+_T5_LARGE = {
+    "d_model": 1024, "d_kv": 64, "d_ff": 4096, "num_layers": 24, "num_heads": 16, "vocab_size": 32128,
+    "use_cache": False,
+}  # fmt: skip
 _TINY = {"hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 1, "vocab_size": 48}
 
 MODELS: dict[str, ModelCase] = {
@@ -80,6 +121,9 @@ MODELS: dict[str, ModelCase] = {
     "tiny-llama": ModelCase(
         "Llama", "ForCausalLM", _TINY | {"num_attention_heads": 4, "num_key_value_heads": 2}, 2, 12, 4
     ),
+    "llama-7b": ModelCase("Llama", "ForCausalLM", _LLAMA_7B, 4, 512, 16, published=True),
+    "roberta-large": ModelCase("Roberta", "ForSequenceClassification", _ROBERTA_LARGE, 64, 128, 16, published=True),
+    "t5-large": ModelCase("T5", "ForConditionalGeneration", _T5_LARGE, 32, 128, 16, published=True),
 }  # fmt: skip
 
 

@@ -123,15 +123,16 @@ class Workload:
     references: dict[tuple, Observed] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, name: str, dtype: torch.dtype, device: torch.device, dropout_p: float) -> "Workload":
+    def of(
+        cls, name: str, dtype: torch.dtype, device: torch.device, dropout_p: float, checkpointing: bool = False
+    ) -> "Workload":
         case = MODELS[name]
-        base = case.build(dtype, device)
+        base = case.build(dtype, device, checkpointing)
         return cls(case, base, case.inputs(base, dtype, device), dropout_p)
 
     def build(self, variant: str) -> Candidate:
-        """The variant around the base's own Parameters, with the A and B that all variants start from."""
-        shared = {id(parameter): parameter for parameter in self.base.parameters()}
-        model = VARIANTS[variant].adapt(copy.deepcopy(self.base, shared), self.case.rank, self.dropout_p)
+        """The variant around the base's own tensors, with the A and B that all variants start from."""
+        model = VARIANTS[variant].adapt(self.duplicate(), self.case.rank, self.dropout_p)
         generator = torch.Generator().manual_seed(SEED)
         for layer in adapted_layers(model).values():
             (r, k), (n, _) = (tensor.shape for tensor in factors(layer))
@@ -140,6 +141,11 @@ class Workload:
             lora_B = torch.randn(n, r, generator=generator) * r**0.5 / ALPHA
             set_factors(layer, *(tensor.to(self.base.device, self.base.dtype) for tensor in (lora_A, lora_B)))
         return Candidate(variant, model, self.inputs)
+
+    def duplicate(self) -> nn.Module:
+        """The frozen model's modules once more, around the same tensors."""
+        tensors = (*self.base.parameters(), *self.base.buffers())
+        return copy.deepcopy(self.base, {id(tensor): tensor for tensor in tensors})
 
     def reference(self, candidate: Candidate, dtype: torch.dtype) -> Observed:
         """The same A and B in plain PyTorch (PEFT's layers), in dtype; made once for all that have the same."""
@@ -170,10 +176,10 @@ def verify(candidate: Candidate, workload: Workload) -> None:
         testing.assert_close(have, want[name], want64[name], dtype, f"{candidate.name} {name}")
 
 
-def verify_operators(workload: Workload) -> None:
+def verify_operators(workload: Workload, device: torch.device) -> None:
     """lorasp's operators at the model's widths against the fp64 reference, with this run's dropout and one mask."""
-    dtype, device, rank = workload.base.dtype, workload.base.device, workload.case.rank
-    layers = adapted_layers(adapt_with_lorasp(copy.deepcopy(workload.base), rank, 0.0))
+    dtype, rank = workload.base.dtype, workload.case.rank
+    layers = adapted_layers(adapt_with_lorasp(workload.duplicate(), rank, 0.0))
     for k, n in sorted({(layer.in_features, layer.out_features) for layer in layers.values()}):
         for operator, switches in (
             (testing.lora_linear, {}),
@@ -250,7 +256,7 @@ def run(
     device = torch.device(device)
     workload = Workload.of(name, dtype, device, dropout_p)
     progress(f"{name}: checking operators")
-    verify_operators(workload)
+    verify_operators(workload, device)
     result, candidates = ModelResult(), []
     for variant in dict.fromkeys((BASE, PEFT, *variants)):
         progress(f"{name}: checking {variant}")

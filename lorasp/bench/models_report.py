@@ -53,11 +53,8 @@ def targets(rows: Sequence[Row]) -> list[Target]:
     return [Target(name, what, values[what](by_name[name]), bound) for name, what, bound in _BOUNDS if name in by_name]
 
 
-def run(options: argparse.Namespace) -> int:
-    """Exit code 0; 1 if a variant computes something wrong; 2 if one asked for by name cannot be built around a model.
-
-    Raises UsageError for options that do not fit.
-    """
+def variants_asked_for(options: argparse.Namespace) -> list[str]:
+    """Names of variants, all without --variants. Raises UsageError for options of --model that do not fit."""
     if not 0.0 <= options.dropout < 1.0:
         raise UsageError(f"--dropout must be in [0, 1), got {options.dropout}")
     for name in options.model:
@@ -67,6 +64,15 @@ def run(options: argparse.Namespace) -> int:
     for name in (*variants, *[options.child] * (options.child is not None)):
         if name not in VARIANTS:
             raise UsageError(f"--variants must be among {', '.join(VARIANTS)}, got {name!r}")
+    return variants
+
+
+def run(options: argparse.Namespace) -> int:
+    """Exit code 0; 1 if a variant computes something wrong; 2 if one asked for by name cannot be built around a model.
+
+    Raises UsageError for options that do not fit.
+    """
+    variants = variants_asked_for(options)
     device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -98,7 +104,7 @@ def run(options: argparse.Namespace) -> int:
     rows = [row for result in results for row in result.rows]
     stem = report.stem(options.model, machine, rows[0].dtype, options.dropout, op="model")
     path = options.out / f"{stem}.csv"
-    write_csv(path, rows, {"device": machine, **versions, "rules": rules})
+    write_csv(path, "model", rows, {"device": machine, **versions, "rules": rules})
     print(f"wrote {path}")
     try:
         plot(path.with_suffix(".png"), rows, machine, versions)
@@ -133,10 +139,10 @@ def print_result(result: ModelResult) -> None:
         print(f"  not measured: {variant}: {reason}")
 
 
-def write_csv(path: Path, rows: Sequence[Row], environment: dict[str, str]) -> None:
-    """One row per model and variant; `environment` (device, versions, commit, rules) repeated in every row."""
+def write_csv(path: Path, op: str, rows: Sequence, environment: dict[str, str]) -> None:
+    """One line per row, a dataclass; op and environment (device, versions, commit, rules) repeated in every line."""
     lines = [
-        {"op": "model"}
+        {"op": op}
         | {key: f"{value:.5g}" if isinstance(value, float) else value for key, value in asdict(row).items()}
         | environment
         for row in rows
@@ -154,6 +160,7 @@ def plot(path: Path, rows: Sequence[Row], machine: str, versions: dict[str, str]
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    what = "resident" if machine.endswith(" threads)") else "allocated"
     names = list(dict.fromkeys(row.model for row in rows))
     most = max(sum(row.model == name for row in rows) for name in names)
     figure, axes = pyplot.subplots(
@@ -169,7 +176,7 @@ def plot(path: Path, rows: Sequence[Row], machine: str, versions: dict[str, str]
         line[1].axvline(found[0].saved_bytes / _MIB, color="#202124", linewidth=1, zorder=0)
         line[1].set_title("MiB saved for backward, weights aside", fontsize=9)
         _bars(line[2], found, [(row.peak_bytes or 0) / _MIB for row in found], "{:.0f}")
-        line[2].set_title("MiB resident at most, in a process of its own", fontsize=9)
+        line[2].set_title(f"MiB {what} at most, in a process of its own", fontsize=9)
         line[0].set_ylabel(title(found[0]).replace(", ", "\n"), fontsize=8)
     subtitle = f"torch {versions['torch']}, peft {versions['peft']}, lorasp {versions['lorasp']} {versions['commit']}"
     figure.suptitle(f"training steps on {machine}\n{subtitle.rstrip()}", fontsize=11)
@@ -201,4 +208,6 @@ def _colour(variant: str) -> str:
 def choices() -> str:
     """The models and variants, for --help."""
     variants = "\n".join(f"  {name:<20}{variant.what}" for name, variant in VARIANTS.items())
-    return f"whole models (--model): {', '.join(MODELS)}\nvariants:\n{variants}"
+    trained = ", ".join(name for name, case in MODELS.items() if not case.published)
+    published = ", ".join(name for name, case in MODELS.items() if case.published)
+    return f"whole models (--model): {trained}\npublished sizes, for their memory: {published}\nvariants:\n{variants}"
