@@ -126,9 +126,11 @@ class _Call:
         head_dim = max(self.q.shape[3], self.v.shape[3])
         if self.element:
             logits = "ragged" if self.k.shape[2] % 8 else "masked"
+        elif self.attn_mask is None or self.attn_mask.shape[2] == 1:
+            logits = "plain" if self.index is None else "listed"
         else:
-            logits = "plain" if self.attn_mask is None or self.attn_mask.shape[2] == 1 else "masked"
-        return attention_config(self.target, self.q.dtype, head_dim, kernel, logits)
+            logits = "masked"
+        return attention_config(self.target, self.q.dtype, head_dim, kernel, logits, self.is_causal)
 
     def arguments(self, config: AttentionConfig) -> dict:
         """The arguments that the forward, dq, dkv and mask kernels have in common."""

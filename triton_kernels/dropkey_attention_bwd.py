@@ -222,20 +222,24 @@ def _dropkey_attention_bwd_dkv_kernel(
     first = 0
     if CAUSAL:  # of the blocks of queries `skipped` see none of these keys, then `mixed` see some
         skipped = tl.minimum(tl.min(tl.where(live, keys, Sq)) // BLOCK_M, steps)
-        mixed = tl.minimum(tl.cdiv(tl.max(tl.where(live, keys, 0)), BLOCK_M), steps) - skipped
-        dk, dv = _accumulate_dkv(
-            dk, dv, k, v, keys, live, skipped * BLOCK_M, mixed, b, g, heads, q_ptr, do_ptr, base_ptr, delta_ptr,
-            stride_qb, stride_qh, stride_qm, stride_dob, stride_doh, stride_dom, mask_ptr, stride_mb, stride_mh,
-            stride_mm, stride_mn, seed, start_n, H, Sq, Sk, rows, threshold, scale, D, DV, GROUPED, MASK, MASK_ROWS,
-            MASK_WIDE, MASK_FLOOR, ELEMENT, ALIGNED, True, BASE_2, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
-        )  # fmt: skip
-        first = (skipped + mixed) * BLOCK_M
-        steps -= skipped + mixed
+        first = skipped * BLOCK_M
+        steps -= skipped
+        # fp32 masks every block: its products, on the FMA units, dwarf the masks and spill when written out twice.
+        if BASE_2:
+            mixed = tl.minimum(tl.cdiv(tl.max(tl.where(live, keys, 0)), BLOCK_M) - skipped, steps)
+            dk, dv = _accumulate_dkv(
+                dk, dv, k, v, keys, live, first, mixed, b, g, heads, q_ptr, do_ptr, base_ptr, delta_ptr, stride_qb,
+                stride_qh, stride_qm, stride_dob, stride_doh, stride_dom, mask_ptr, stride_mb, stride_mh, stride_mm,
+                stride_mn, seed, start_n, H, Sq, Sk, rows, threshold, scale, D, DV, GROUPED, MASK, MASK_ROWS,
+                MASK_WIDE, MASK_FLOOR, ELEMENT, ALIGNED, True, BASE_2, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+            )  # fmt: skip
+            first += mixed * BLOCK_M
+            steps -= mixed
     dk, dv = _accumulate_dkv(
         dk, dv, k, v, keys, live, first, steps, b, g, heads, q_ptr, do_ptr, base_ptr, delta_ptr, stride_qb, stride_qh,
         stride_qm, stride_dob, stride_doh, stride_dom, mask_ptr, stride_mb, stride_mh, stride_mm, stride_mn, seed,
         start_n, H, Sq, Sk, rows, threshold, scale, D, DV, GROUPED, MASK, MASK_ROWS, MASK_WIDE, MASK_FLOOR, ELEMENT,
-        ALIGNED, False, BASE_2, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+        ALIGNED, CAUSAL and not BASE_2, BASE_2, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
 
     dk = tl.where(live[:, None], dk * scale, 0.0)

@@ -1,13 +1,14 @@
-"""The tiles of dropkey_attention's kernels: defaults per architecture, none of which spills.
+"""The tiles of dropkey_attention's kernels: an architecture's defaults, none of which spills, or measured ones.
 
-Nobody has timed them: they are the widest that ptxas fits into registers, with the most stages that help.
+Nobody has timed the defaults: they are the widest that ptxas fits into registers, with the most stages that help. Key
+lists want one more than plain keys, because the list itself is fetched a step ahead.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from .tuning import Target, next_power_of_two
+from .tuning import Target, chosen_tiles, next_power_of_two
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ _FP32 = {
         256: ((16, 32, 8, 1), (16, 32, 8, 1)),
     },
     "dkv": {
-        64: ((32, 64, 8, 2), (32, 32, 8, 2)),
+        64: ((32, 64, 8, 2), (32, 64, 8, 2)),
         128: ((32, 32, 8, 2), (16, 32, 8, 2)),
         256: ((16, 32, 8, 1), (16, 32, 8, 1)),
     },
@@ -96,12 +97,28 @@ def pad_head_dim(D: int) -> int:
     return max(next_power_of_two(D), 16)
 
 
-def attention_config(target: Target, dtype: torch.dtype, head_dim: int, kernel: str, logits: str) -> AttentionConfig:
-    """The architecture's tiles for kernel forward, delta, dq, dkv or mask; head_dim is the larger of D and Dv.
+def head_dim_bucket(head_dim: int) -> int:
+    """The head_dim of the tables' rows that speak for this one."""
+    return next(limit for limit in (64, 128, 256) if head_dim <= limit)
 
-    logits: plain if no value of a mask and no drop bit belongs to one logit alone, else masked; ragged if drop bits do
-    and a row of them starts anywhere in the eight of a Philox call.
+
+def attention_config(
+    target: Target, dtype: torch.dtype, head_dim: int, kernel: str, logits: str, causal: bool = False
+) -> AttentionConfig:
+    """The tiles of kernel forward, delta, dq, dkv or mask; head_dim is the larger of D and Dv.
+
+    logits: plain if no value of a mask and no drop bit belongs to one logit alone, listed if beside that the keys come
+    from a list, else masked; ragged if drop bits do and a row of them starts anywhere in the eight of a Philox call.
     """
+    own = architecture_config(target, dtype, head_dim, kernel, logits)
+    if logits == "ragged" or kernel in ("delta", "mask"):
+        return own
+    call = {"dtype": str(dtype).removeprefix("torch."), "head_dim": head_dim_bucket(head_dim), "logits": logits}
+    return chosen_tiles(target, "dropkey_attention", kernel, own, **call, causal=causal)
+
+
+def architecture_config(target: Target, dtype: torch.dtype, head_dim: int, kernel: str, logits: str) -> AttentionConfig:
+    """What attention_config says of a device that nobody measured."""
     if target.arch == 0:
         return AttentionConfig(16, 16, num_warps=4, num_stages=1)
     if kernel == "delta":
@@ -116,4 +133,4 @@ def attention_config(target: Target, dtype: torch.dtype, head_dim: int, kernel: 
     else:
         family = _AMPERE if target.arch == 80 else _ADA
     plain, masked = next(tiles for limit, tiles in sorted(family[kernel].items()) if head_dim <= limit)
-    return AttentionConfig(*(plain if logits == "plain" else masked))
+    return AttentionConfig(*(masked if logits == "masked" else plain))

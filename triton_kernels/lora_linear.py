@@ -139,7 +139,7 @@ def _from_dy(dy, lora_B, xa, scale, mask_B, dtype, need_g, need_dB, target) -> t
     """(g, dB) as _project_outer gives them, in one pass over dy where that moves fewer bytes than two; g may be None,
     dB is (0,) where it is not needed."""
     (M, N), R = dy.shape, lora_B.shape[1]
-    block_m = tuning.one_pass_config(target, dy.dtype, M, R, aligned=_vectorizes(dy)).block_m
+    block_m = tuning.rank_config("project_outer", target, dy.dtype, M, N, R, aligned=_vectorizes(dy)).block_m
     if need_g and need_dB and tuning.one_pass_over_dy(M, N, R, dy.element_size(), block_m):
         return _project_outer(dy, lora_B, xa, scale, mask_B, dtype, target)
     g = _project(dy, lora_B, scale, _NO_DROPOUT, target, rank_first=False) if need_g else None
@@ -151,7 +151,7 @@ def _from_dy(dy, lora_B, xa, scale, mask_B, dtype, need_g, need_dB, target) -> t
 def _project(p, q, scale, dropout, target, rank_first) -> Tensor:
     """h (M, R) = scale · (keep∘p) q in p's dtype, for p (M, C) with unit column stride; q as in _gemm."""
     (M, C), R = p.shape, q.shape[0 if rank_first else 1]
-    config = tuning.skinny_config(target, p.dtype, M, R, aligned=_vectorizes(p))
+    config = tuning.rank_config("project", target, p.dtype, M, C, R, aligned=_vectorizes(p), dropout=dropout.active)
     tiles = triton.cdiv(M, config.block_m), triton.cdiv(R, config.block_r)
     parts, split_c = _split_sum(target, tiles[0] * tiles[1], C, config.block_c, M * C * p.element_size(), M * R)
     h = p.new_empty((M, R))
@@ -169,7 +169,7 @@ def _project(p, q, scale, dropout, target, rank_first) -> Tensor:
 def _outer(p, h, dtype, mask, dropout, target, rank_first) -> Tensor:
     """(keep∘p)ᵀ h as (C, R), or (R, C) if rank_first, in `dtype`; 0 where mask, shaped like the result, is False."""
     (M, C), R = p.shape, h.shape[1]
-    config = tuning.skinny_config(target, p.dtype, M, R, aligned=_vectorizes(p))
+    config = tuning.rank_config("outer", target, p.dtype, M, C, R, aligned=_vectorizes(p), dropout=dropout.active)
     tiles = triton.cdiv(C, config.block_c), triton.cdiv(R, config.block_r)
     parts, split_m = _split_sum(target, tiles[0] * tiles[1], M, config.block_m, M * C * p.element_size(), C * R)
     out = p.new_empty((R, C) if rank_first else (C, R), dtype=dtype)
@@ -193,7 +193,7 @@ def _project_outer(dy, lora_B, xa, scale, mask_B, dtype, target, positions=None,
     """
     (M, N), R = dy.shape, lora_B.shape[1]
     features = N if positions is None else features
-    config = tuning.one_pass_config(target, dy.dtype, M, R, aligned=_vectorizes(dy))
+    config = tuning.rank_config("project_outer", target, dy.dtype, M, N, R, aligned=_vectorizes(dy))
     tiles = triton.cdiv(M, config.block_m)
     parts, split_n = _split_sum(target, tiles, N, config.block_c, M * N * dy.element_size(), M * R)
     g, dB = dy.new_empty((M, R)), dy.new_empty((features, R), dtype=dtype)
@@ -227,7 +227,9 @@ def _reduce(partials, out, mask) -> Tensor:
 def _accumulate(out, h, q, dropout, target, rank_first) -> None:
     """out (M, C) += keep∘(h q) in place, for h (M, R); q as in _gemm."""
     (M, C), R = out.shape, h.shape[1]
-    config = tuning.accumulate_config(target, out.dtype, M, R, aligned=_vectorizes(out))
+    config = tuning.rank_config(
+        "accumulate", target, out.dtype, M, C, R, aligned=_vectorizes(out), dropout=dropout.active
+    )
     arguments = {
         "h_ptr": h, "q_ptr": q, "out_ptr": out, "M": M, "C": C, "R": R, "RANK_FIRST": rank_first,
         "PRECISION": precision_of(out), "BLOCK_M": config.block_m, "BLOCK_C": config.block_c, "BLOCK_R": config.block_r,

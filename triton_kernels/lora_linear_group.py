@@ -243,7 +243,7 @@ def _down(dy, B, lora_B, rows, entries, xa, mask, scale, need_g, need_dB, target
     """(g (M, R) or None, dB in lora_B's shape and dtype or None) of one member."""
     (M, N), R = dy.shape, B.shape[1]
     g = dB = None
-    block_m = tuning.one_pass_config(target, dy.dtype, M, R, aligned=_vectorizes(dy)).block_m
+    block_m = tuning.rank_config("project_outer", target, dy.dtype, M, N, R, aligned=_vectorizes(dy)).block_m
     if need_g and need_dB and tuning.one_pass_over_dy(M, N, R, dy.element_size(), block_m):
         positions, features = (None, N) if rows is None else (_positions(rows, N), rows.shape[0])
         g, dB = _project_outer(dy, B, xa, scale, mask, lora_B.dtype, target, positions, features)
