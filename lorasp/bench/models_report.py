@@ -5,7 +5,7 @@ import csv
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -14,23 +14,10 @@ from lorasp import bench, console, info
 from lorasp.bench import models, report
 from lorasp.bench.model_variants import BASE, MODELS, PEFT, VARIANTS
 from lorasp.bench.models import ModelResult, Row
+from lorasp.bench.target import Target
 from lorasp.console import UsageError
 
 _MIB = 2**20
-
-
-@dataclass(frozen=True)
-class Target:
-    """A bound of this project on toy-llama in bf16 at lora_dropout 0.05."""
-
-    variant: str
-    what: str
-    value: float
-    bound: float
-
-    def __str__(self) -> str:
-        verdict = "met" if self.value <= self.bound else "MISSED"
-        return f"{self.variant}: {self.what}: {self.value:.4f} (target {self.bound:g}: {verdict})"
 
 
 _STEP, _OVER_FROZEN, _ALL = (
@@ -38,6 +25,7 @@ _STEP, _OVER_FROZEN, _ALL = (
     "bytes saved beyond the frozen model's, over PEFT's",
     "all bytes saved, over the frozen model's",
 )
+# On toy-llama in bf16 at lora_dropout 0.05.
 _BOUNDS = (
     ("lorasp", _STEP, 0.85),
     ("lorasp+fa", _STEP, 0.85),
