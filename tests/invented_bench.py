@@ -15,9 +15,15 @@ class InventedBench:
     def __init__(self, prices=(), spread=0.02, refused=(), hours=0.0):
         self.target = TARGET
         self.prices, self.spread, self.refused, self.hours = dict(prices), spread, dict(refused), hours
-        self.verified, self.timed, self.clock = [], [], 0.0
+        self.prepared, self.verified, self.timed, self.clock = [], [], [], 0.0
+
+    def prepare(self, job, choices):
+        self.prepared += [(job, choice) for choice in choices]
+        if refusal := self.refused.get((job, "prepare")):
+            raise refusal
 
     def verify(self, job, plan):
+        assert (job, plan) in self.prepared or job not in {known for known, _ in self.prepared}
         self.verified.append((job, plan))
         self.clock += self.hours
         if refusal := self.refused.get((job, plan), self.refused.get(plan)):

@@ -10,6 +10,8 @@ from invented_bench import PROVENANCE, TARGET, InventedBench, options_of
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+import triton
+
 from lorasp import cli, tune
 from lorasp.triton_kernels import dropkey_attention, launch, tuning
 from lorasp.triton_kernels import dropkey_attention_candidates as attention_candidates
@@ -231,6 +233,38 @@ def test_dry_run_shows_the_work(op, arguments, shown, capsys):
 def test_options_of_another_operator_are_refused(arguments, message, capsys):
     assert cli.main(["tune", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_what_cannot_be_prepared_is_tried_one_by_one():
+    best = ATTENTION.candidates(TARGET)[1]
+    bench = InventedBench({OWN: 1.0, best: 0.5}, refused={(ATTENTION, "prepare"): Rejected("out of memory")})
+    (outcome,) = tune.run([ATTENTION], bench)
+    assert outcome.winner == best
+    assert [choice for job, choice in bench.prepared if job == ATTENTION] == ATTENTION.candidates(TARGET)
+
+
+class FakeKernel:
+    """Notes how it is launched."""
+
+    def __init__(self):
+        self.compiled, self.launched = [], []
+
+    def warmup(self, *, grid, **arguments):
+        self.compiled.append((grid, arguments))
+
+    def __getitem__(self, grid):
+        return lambda **arguments: self.launched.append((grid, arguments))
+
+
+def test_compiling_runs_nothing():
+    kernel, options = FakeKernel(), {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+    with launch.compiling():
+        launch.launch(kernel, (3,), {"BLOCK_M": 16}, 4, 2)
+        assert triton.runtime._async_compile.active_mode.get() is not None
+    assert kernel.launched == []
+    assert kernel.compiled == [((3,), {"BLOCK_M": 16} | options)]
+    launch.launch(kernel, (3,), {"BLOCK_M": 16}, 4, 2)
+    assert kernel.launched == kernel.compiled
 
 
 def test_interpreted():

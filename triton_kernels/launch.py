@@ -1,7 +1,9 @@
 """The one place where kernels are launched, so that a launch can also be recorded and compiled without a GPU."""
 
 import contextlib
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +29,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Stated, because Triton warns about its own default, which changes in 3.10.
 _OPTIONS = {"enable_fp_fusion": True}
 _recording: tuple[tuning.Target, list] | None = None
+_compiling = False
 
 
 @dataclass(frozen=True)
@@ -89,14 +92,34 @@ def precision_of(tensor: torch.Tensor) -> str:
 
 
 def launch(kernel, grid: tuple[int, ...], arguments: dict, num_warps: int, num_stages: int) -> None:
-    """Run `kernel` over `grid`; arguments by name, constexprs included. Under record(), note it instead."""
+    """Run `kernel` over `grid`; arguments by name, constexprs included. Under record(), note it instead; under
+    compiling(), compile it."""
     if _recording is None:
-        kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages, **_OPTIONS)
+        options = {"num_warps": num_warps, "num_stages": num_stages} | _OPTIONS
+        if _compiling:
+            kernel.warmup(grid=grid, **arguments, **options)
+        else:
+            kernel[grid](**arguments, **options)
         return
     target, cases = _recording
     case = _specialize(kernel, arguments, target, num_warps, num_stages)
     if case not in cases:
         cases.append(case)
+
+
+@contextlib.contextmanager
+def compiling() -> Iterator[None]:
+    """Inside the block launches run nothing: what they need is compiled in threads, all of it at the block's end.
+
+    What does not compile is passed over; a launch outside the block says why.
+    """
+    global _compiling
+    with ThreadPoolExecutor(os.cpu_count()) as threads, triton.AsyncCompileMode(threads, ignore_errors=True):
+        _compiling = True
+        try:
+            yield
+        finally:
+            _compiling = False
 
 
 @contextlib.contextmanager

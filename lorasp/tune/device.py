@@ -18,6 +18,7 @@ from lorasp import info
 from lorasp.bench.timing import Clock, interleave, make_clock
 from lorasp.testing.rule import error
 from lorasp.triton_kernels import tuning
+from lorasp.triton_kernels.launch import INTERPRETED, compiling
 from lorasp.tune.operands import dropkey_attention, lora_linear, lora_linear_skinny
 from lorasp.tune.search import Choice, DeviceLost, Job, Rejected
 
@@ -36,6 +37,14 @@ class DeviceBench:
         self.target = tuning.target_of_device(device)
         self._clock = clock or make_clock(device)
         self._operands = None
+
+    def prepare(self, job: Job, choices: Sequence[Choice]) -> None:
+        if not INTERPRETED:
+            with self._refusals(f"compiling for {job}"):
+                operands = self._operands_of(job)
+                with compiling():
+                    for choice in choices:
+                        operands.call(choice)
 
     def verify(self, job: Job, choice: Choice) -> None:
         with self._refusals(f"{choice} at {job}"):

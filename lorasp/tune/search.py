@@ -5,6 +5,7 @@ the safe choice and the base then run in interleaved rounds. The result is the s
 tiles) unless another is faster by more than the noise, which is how far the base's ratios to itself lie apart.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -55,6 +56,9 @@ class Bench(Protocol):
     """What the search needs of a device."""
 
     target: Target
+
+    def prepare(self, job: Job, choices: Sequence[Choice]) -> None:
+        """Compile for all of them at once. Raises Rejected where the job's tensors cannot be made."""
 
     def verify(self, job: Job, choice: Choice) -> None:
         """Run once and compare with the fp64 reference. Raises Rejected, AssertionError for wrong values."""
@@ -128,8 +132,12 @@ def run(
     tried: dict[tuple[Job, Choice], str | None] = {}
     for job in jobs:
         outcome = Outcome(job)
-        right = []
-        for plan in job.candidates(bench.target, plans):
+        right, options = [], job.candidates(bench.target, plans)
+        if now() < end:
+            progress(f"{job}: compiling {len(options)} candidates")
+            with contextlib.suppress(Rejected):  # verify says it of the candidate that it befalls
+                bench.prepare(job, options)
+        for plan in options:
             if now() >= end:
                 return
             progress(f"{job}: checking {plan}")
