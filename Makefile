@@ -31,12 +31,13 @@ test: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python -m lorasp bench --out $(OUT)
 
-# In the current Python environment, without network: build, the tests that need a GPU, the benchmark.
+# In the current Python environment, without network: build, the tests that need a GPU, the benchmarks.
 gpu:
 	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --no-index -e .
 	mkdir -p $(OUT)
 	$(PYTHON) -m pytest -q -m gpu tests
 	$(PYTHON) -m lorasp bench --device cuda --out $(OUT)
+	$(PYTHON) -m lorasp bench --op dropkey_attention --device cuda --out $(OUT)
 
 $(VENV)/.linters: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'ruff>=0.9' 'clang-format>=19'

@@ -16,7 +16,7 @@ from lorasp import cli, tune
 from lorasp.triton_kernels import dropkey_attention, launch, tuning
 from lorasp.triton_kernels import dropkey_attention_candidates as attention_candidates
 from lorasp.triton_kernels import lora_linear_skinny_candidates as rank_candidates
-from lorasp.triton_kernels.dropkey_attention_tiles import architecture_config, attention_config
+from lorasp.triton_kernels.dropkey_attention_tiles import AttentionConfig, architecture_config, attention_config
 from lorasp.triton_kernels.plan_table import read_table
 from lorasp.triton_kernels.tuning import Tiles
 from lorasp.tune import Rejected, command
@@ -145,7 +145,7 @@ def test_candidates_fit_every_architecture(arch):
                     for config in (*found, architecture_config(target, *call)):
                         assert attention_candidates.shared_bytes(target, config, *call) <= target.shared_memory
                         if not 100 <= arch < 120:
-                            assert attention_candidates.accumulators(config, head_dim, kernel) <= 192
+                            assert attention_candidates.accumulators(config, head_dim, kernel) <= 176
         for kernel in ("project", "outer", "project_outer", "accumulate"):
             for M, R in ((8192, 16), (32, 64), (1, 8)):
                 own = tuning.architecture_rank_config(kernel, target, dtype, M, R, aligned=True)
@@ -155,17 +155,19 @@ def test_candidates_fit_every_architecture(arch):
                 assert {config.block_r for config in found} == {own.block_r}
 
 
-@pytest.mark.parametrize(("kernel", "logits", "causal"), [("forward", "listed", True), ("dkv", "plain", False)])
-def test_attentions_shared_memory_is_bounded_from_below(kernel, logits, causal, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("kernel", "logits", "blocks"), [("forward", "listed", (64, 32, 4, 4)), ("dkv", "plain", (64, 128, 8, 2))]
+)
+def test_attentions_shared_memory_is_bounded_from_below(kernel, logits, blocks, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    with launch.record(TARGET) as cases:
+    tiles = Tiles(tuple(zip(("block_m", "block_n", "num_warps", "num_stages"), blocks, strict=True)))
+    with launch.record(TARGET) as cases, tuning.forced_tiles("dropkey_attention", kernel, tiles):
         q, k, v, do = (torch.empty(1, 2, 256, 64, dtype=BF16, device="meta") for _ in range(4))
         p = 0.1 if logits == "listed" else 0.0
-        arguments = None, torch.empty((), dtype=torch.int64, device="meta"), p, "column", causal, 1.0
+        arguments = None, torch.empty((), dtype=torch.int64, device="meta"), p, "column", False, 1.0
         o, lse = dropkey_attention.forward(q, k, v, *arguments)
         dropkey_attention.backward(do, q, k, v, o, lse, *arguments, False, True, True, False)
-    config = architecture_config(TARGET, BF16, 64, kernel, logits)
-    least = attention_candidates.shared_bytes(TARGET, config, BF16, 64, kernel, logits)
+    least = attention_candidates.shared_bytes(TARGET, AttentionConfig(*blocks), BF16, 64, kernel, logits)
     (case,) = (case for case in cases if kernel.replace("forward", "fwd") in case.kernel.__name__)
     assert least <= case.compile().metadata.shared <= 1.1 * least
 

@@ -30,8 +30,9 @@ _SINGLE = {
     "dkv": ((32, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2), (32, 32, 4, 1)),
 }
 _INTERPRETER = ((16, 32, 4, 1), (32, 16, 4, 1))
-# Beside the accumulators a thread keeps addresses, operands on their way and the statistics of its rows.
-_MOST_ACCUMULATORS = 192
+# Of 255 registers a thread needs 60 to 90 for addresses, operands on their way and the statistics of its rows: compiled
+# for sm_90, tiles of 192 accumulators spill.
+_MOST_ACCUMULATORS = 176
 
 
 def candidates(target: Target, dtype: torch.dtype, head_dim: int, kernel: str, logits: str) -> list[AttentionConfig]:
@@ -53,15 +54,16 @@ def shared_bytes(
     """Shared memory that a kernel cannot do without, in bytes: a bound from below.
 
     Steps of the two operands that are walked past; beside them, where the tensor cores read shared memory, the operands
-    of the block itself. A key list costs the pipeline one step; where operands lie in registers, the step at hand does.
+    of the block itself. Of what is fetched through a key list the pipeline holds two steps, however long it is; where
+    operands lie in registers, it holds one less.
     """
     row = pad_head_dim(head_dim) * dtype.itemsize
     walked, kept = (config.block_m, config.block_n) if kernel == "dkv" else (config.block_n, config.block_m)
     steps, resident = config.num_stages, (1 if kernel == "forward" else 2) * kept
     if not 90 <= target.arch < 120:
         resident, steps = 0, max(1, steps - 1)
-    elif logits == "listed" and kernel != "dkv" and steps > 2:
-        steps -= 1
+    elif logits == "listed" and kernel != "dkv":
+        steps = min(steps, 2)
     return (2 * walked * steps + resident) * row
 
 

@@ -84,12 +84,14 @@ _FP32 = {
         256: ((16, 32, 8, 1), (16, 32, 8, 1)),
     },
     "dkv": {
-        64: ((16, 64, 8, 2), (32, 64, 8, 2)),
+        64: ((32, 64, 8, 2), (32, 64, 8, 2)),
         128: ((32, 32, 8, 2), (16, 32, 8, 2)),
         256: ((16, 32, 8, 1), (16, 32, 8, 1)),
     },
     "mask": {128: ((32, 32, 8, 2), (32, 32, 8, 2)), 256: ((16, 16, 8, 1), (16, 16, 8, 1))},
 }
+# Before sm_90 ptxas stops at 128 registers there, and spills the rest.
+_OLDER_FP32 = _FP32 | {"dkv": _FP32["dkv"] | {64: ((32, 32, 8, 2), (32, 64, 8, 2))}}
 
 
 def pad_head_dim(D: int) -> int:
@@ -127,7 +129,7 @@ def architecture_config(target: Target, dtype: torch.dtype, head_dim: int, kerne
         sides = (32, 32) if dtype.itemsize == 2 or head_dim <= 64 else (16, 16)
         return AttentionConfig(*sides, num_warps=4 if dtype.itemsize == 2 and head_dim <= 64 else 8, num_stages=1)
     if dtype.itemsize == 4:
-        family = _FP32
+        family = _FP32 if target.arch >= 90 else _OLDER_FP32
     elif 90 <= target.arch < 120:
         family = _HOPPER if target.arch == 90 else _BLACKWELL
     else:

@@ -1,5 +1,7 @@
 """`lorasp tune --op` of single kernels for real, on Triton's interpreter. Run by test_tune_tiles.py."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -36,6 +38,7 @@ def test_command(jobs, kernel, arguments, count, tmp_path, capsys, monkeypatch):
     op = jobs.__name__.split(".")[-1]
     monkeypatch.setattr(jobs, "KERNELS", (kernel,))
     monkeypatch.setattr(attention_jobs, "LOGITS", ("plain",))
+    monkeypatch.setattr(AttentionJob, "neighbour", lambda job, tiles: replace(job, S=17))
     samples = DeviceBench.samples
     monkeypatch.setattr(DeviceBench, "samples", lambda bench, job, choices, *_: samples(bench, job, choices, 1, 0.0))
     options = [*arguments, "--dtypes", "fp16", "--seconds", "0.001", "--out", str(tmp_path)]
@@ -62,7 +65,8 @@ def test_every_candidate_is_right_and_is_what_runs(job, monkeypatch):
         ran.clear()
         bench.verify(job, tiles)
         assert tiles.own or tuple(dict(tiles.fields).values())[:2] in ran
-    bench.verify(job.neighbour(found[-1]), found[-1])
+    if job in (JOBS[2], JOBS[3]):
+        bench.verify(job.neighbour(found[-1]), found[-1])
 
 
 @pytest.mark.parametrize("job", [JOBS[0], JOBS[2], JOBS[5]], ids=str)
@@ -86,7 +90,6 @@ def test_a_large_call_is_checked_by_its_first_head(monkeypatch):
     from lorasp.tune.operands import dropkey_attention as operands
 
     monkeypatch.setattr(operands, "_CHECKED_LOGITS", 2 * 16 * 16 - 1)
-    for job in JOBS[1:3]:
-        bench = DeviceBench(CPU)
-        bench.verify(job, Tiles())
-        assert bench._operands.expected().popitem()[1][0].shape[:2] == (1, 1)
+    bench = DeviceBench(CPU)
+    bench.verify(JOBS[1], Tiles())
+    assert bench._operands.expected()["dq"][0].shape[:2] == (1, 1)
