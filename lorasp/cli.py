@@ -124,7 +124,7 @@ def parser() -> argparse.ArgumentParser:
     tune.add_argument("--seconds", type=_seconds, default=2.0, help="of interleaved rounds per call (default 2)")
     tune.add_argument("--device", type=device_of, help="cuda, cuda:1 (default: cuda)")
     tune.add_argument("--out", type=Path, help="folder of the table (default: where lorasp looks for it)")
-    tune.add_argument("--fresh", action="store_true", help="drop the rows that the table holds")
+    tune.add_argument("--fresh", action="store_true", help="drop the rows that the table holds of this --op")
     tune.add_argument("--dry-run", action="store_true", help="show the candidates and the work; needs no GPU")
     tune.add_argument(
         "--target", type=_arch, metavar="sm_90", help="with --dry-run: an architecture instead of the GPU"

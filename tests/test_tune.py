@@ -302,7 +302,7 @@ def test_the_command_is_kept_without_its_folder():
 
 
 def test_interpreted():
-    run_interpreted("interpret/tune.py")
+    run_interpreted("interpret/tune.py", "interpret/tune_tiles.py")
 
 
 @pytest.mark.gpu

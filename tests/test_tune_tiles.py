@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from interpreter import run_interpreted
 from invented_bench import PROVENANCE, TARGET, InventedBench, options_of
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -129,6 +128,12 @@ def test_one_file_holds_plans_and_tiles_and_goes_on_where_it_stopped(table_folde
     assert again.timed == []  # the rows of D = 64 speak for it
     assert run(table_folder, again, [replace(ATTENTION, causal=False)]) == 0
     assert {job.causal for job, _ in again.timed} == {False}
+    assert run(table_folder, again, [RANK], "--fresh") == 0
+    table = read_table(table_folder / "test_gpu_7.json")
+    assert [len(table[name]) for name in ("rows", "dropkey_attention", "lora_linear_skinny")] == [1, 3, 1]
+    (table_folder / "test_gpu_7.json").write_text("{}")
+    assert run(table_folder, again, [RANK], "--fresh") == 0
+    assert len(read_table(table_folder / "test_gpu_7.json")["lora_linear_skinny"]) == 1
 
 
 @pytest.mark.parametrize("arch", [75, 80, 86, 89, 90, 100, 120, 130])
@@ -267,10 +272,6 @@ def test_compiling_runs_nothing():
     assert kernel.compiled == [((3,), {"BLOCK_M": 16} | options)]
     launch.launch(kernel, (3,), {"BLOCK_M": 16}, 4, 2)
     assert kernel.launched == kernel.compiled
-
-
-def test_interpreted():
-    run_interpreted("interpret/tune_tiles.py")
 
 
 @pytest.mark.gpu

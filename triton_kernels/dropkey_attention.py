@@ -4,7 +4,7 @@
     dv = pᵀ do;  dp = do vᵀ;  dz = p∘(dp − rowsum(do∘o));  dq = scale·dz k;  dk = scale·dzᵀ q;  dmask = dz
 
 Nothing of size Sq×Sk is stored but dmask. Key lists of dropped columns and spans are built on the device, in both
-directions; no host sync, no atomics: the same bits every run. tuning.py chooses the tiles.
+directions; no host sync, no atomics: the same bits every run. dropkey_attention_tiles.py chooses the tiles.
 """
 
 from dataclasses import dataclass

@@ -73,7 +73,8 @@ def tune(jobs: Sequence[Job], bench: Bench, provenance: dict[str, str], options:
     folder = options.out or Path(tuning.__file__).parent / "configs"
     console.make_folder(folder)
     try:
-        file = PlanFile(folder, bench.target.name, provenance, fresh=options.fresh)
+        fresh = {job.section for job in jobs} if options.fresh else ()
+        file = PlanFile(folder, bench.target.name, provenance, fresh=fresh)
     except ValueError as error:
         raise UsageError(f"{error}; --fresh starts a new one") from error
     pending = file.pending(jobs)

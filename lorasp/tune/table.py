@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from lorasp.triton_kernels import tuning
@@ -20,23 +20,31 @@ _RANKED = ("forward", "backward", "dq", "dkv", "project", "outer", "project_oute
 class PlanFile:
     """The table of one device: read if it is there, merged with new rows, written whole beside the file and renamed.
 
-    provenance: of this run. Raises ValueError, which names the file, for one that read_table does not take, or
-    one of another device.
+    provenance: of this run; fresh: the sections whose rows are dropped. Raises ValueError, which names the file, for
+    one that read_table does not take, or one of another device, unless fresh: a new one then takes its place.
     """
 
-    def __init__(self, folder: Path, device: str, provenance: dict[str, str], *, fresh: bool = False):
+    def __init__(self, folder: Path, device: str, provenance: dict[str, str], *, fresh: Collection[str] = ()):
         self.path = folder / table_file(device)
         self.device, self.provenance = device, provenance
         self._old_provenance: dict[str, str] = {}
         self._old: dict[tuple, dict] = {}
         self._new: dict[tuple, dict] = {}
         self.default = dict.fromkeys(("forward", "backward"), "addmm")
-        if self.path.exists() and not fresh:
+        if not self.path.exists():
+            return
+        try:
             table = read_table(self.path)
             if table["device"] != device:
                 raise ValueError(f"{self.path.name}: device must be {device!r}, got {table['device']!r}")
-            self._old_provenance, self.default = table["provenance"], table["default"]
-            self._old = {_key(name, row): row for name in _KEYS for row in table.get(name, ())}
+        except ValueError:
+            if fresh:
+                return
+            raise
+        self.default = table["default"]
+        self._old = {_key(name, row): row for name in _KEYS if name not in fresh for row in table.get(name, ())}
+        if self._old or not fresh:
+            self._old_provenance = table["provenance"]
 
     @property
     def comparable(self) -> bool:

@@ -1,4 +1,4 @@
-"""`lorasp tune --op` of single kernels for real, on Triton's interpreter. Run by test_tune_tiles.py."""
+"""`lorasp tune --op` of single kernels for real, on Triton's interpreter. Run by test_tune.py."""
 
 from dataclasses import replace
 
