@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # The CPU build of torch on Linux; an unpinned torch pulls several GB of CUDA packages.
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml
 
-.PHONY: demo test bench gpu gpu-build gpu-test gpu-bench gpu-attention gpu-tune gpu-sanitize lint format info clean
+.PHONY: demo test bench gpu gpu-build gpu-test gpu-bench gpu-attention gpu-models gpu-tune gpu-tune-tiles gpu-sanitize lint format info clean
 .DEFAULT_GOAL := test
 
 $(BIN)/python:
@@ -34,7 +34,7 @@ bench: $(VENV)/.installed
 
 # On a machine with a GPU, in the current Python environment and without network: build for that GPU, run the tests that
 # need one, then the benchmarks. Each gpu-* target fits into ten minutes of an H200 and can be called alone.
-gpu: gpu-build gpu-test gpu-bench
+gpu: gpu-build gpu-test gpu-bench gpu-attention gpu-models
 
 gpu-build:
 	TORCH_CUDA_ARCH_LIST=$$($(PYTHON) -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') \
@@ -52,12 +52,19 @@ gpu-bench:
 	$(PYTHON) -m lorasp bench --device cuda --op consistency --out $(OUT)
 
 gpu-attention:
-	$(PYTHON) -m lorasp bench --device cuda --op dropkey_attention --out $(OUT)
-	$(PYTHON) -m lorasp bench --device cuda --op dropkey_attention --causal --out $(OUT)
+	$(PYTHON) -m lorasp bench --device cuda --op dropkey_attention --seconds 10 --out $(OUT)
+
+gpu-models:
+	$(PYTHON) -m lorasp bench --device cuda --model llama-7b roberta-large t5-large --dropout 0.05 --out $(OUT)
+	$(PYTHON) benchmarks/report.py --plots
 
 # Writes the GPU's plan table; a second call goes on where the time ended.
 gpu-tune:
 	$(PYTHON) -m lorasp tune --ranks 16 64 --budget 540
+
+gpu-tune-tiles:
+	$(PYTHON) -m lorasp tune --op dropkey_attention --seconds 0.5 --budget 300
+	$(PYTHON) -m lorasp tune --op lora_linear_skinny --seconds 0.3 --budget 240
 
 # Every operator and backend on small shapes; without torch's caching allocator, which would hide accesses out of bounds.
 gpu-sanitize:

@@ -110,12 +110,20 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     tune.add_argument(
+        "--op", choices=("lora_linear", "dropkey_attention", "lora_linear_skinny"), default="lora_linear",
+        help="plans of lora_linear (default), or the tiles of attention's kernels or of the rank-R products",
+    )  # fmt: skip
+    tune.add_argument(
+        "--sizes", nargs="+", type=_sizes, metavar="B,H,S,D",
+        help="of attention (default: 16384 tokens in heads of 128 and of 64)",
+    )  # fmt: skip
+    tune.add_argument(
         "--shapes", nargs="+", type=_kn, metavar="K,N", help="layers (default: those of LLaMA 8B and RoBERTa-large)"
     )
-    tune.add_argument("--ranks", nargs="+", type=_at_least(1), metavar="R", help="default: 16 8 64")
+    tune.add_argument("--ranks", nargs="+", type=_at_least(1), metavar="R", help="default: by operator")
     tune.add_argument(
         "--tokens", nargs="+", type=_at_least(1), metavar="M",
-        help="rows of x, in the order they are measured (default: eight from 1 to 32768, 8192 first)",
+        help="rows of x, in the order they are measured (default: from 1 to 32768, 8192 first)",
     )  # fmt: skip
     tune.add_argument("--dtypes", nargs="+", type=dtype_of, metavar="DTYPE", help="bf16 (default), fp16, fp32")
     tune.add_argument("--dropout", choices=("off", "on", "both"), default="both", help="default: both")
@@ -124,7 +132,7 @@ def parser() -> argparse.ArgumentParser:
     tune.add_argument("--seconds", type=_seconds, default=2.0, help="of interleaved rounds per call (default 2)")
     tune.add_argument("--device", type=device_of, help="cuda, cuda:1 (default: cuda)")
     tune.add_argument("--out", type=Path, help="folder of the table (default: where lorasp looks for it)")
-    tune.add_argument("--fresh", action="store_true", help="drop the rows that the table holds")
+    tune.add_argument("--fresh", action="store_true", help="drop the rows that the table holds of this --op")
     tune.add_argument("--dry-run", action="store_true", help="show the candidates and the work; needs no GPU")
     tune.add_argument(
         "--target", type=_arch, metavar="sm_90", help="with --dry-run: an architecture instead of the GPU"
@@ -172,7 +180,8 @@ one group), +masters (fp32 A and B) and +prepack (CPU), e.g. lorasp+fa+prepack""
 _TUNE = """Measures every plan of lora_linear (addmm, fused, onepass), on the architecture's own tiles and on candidates
 beside them, against the frozen nn.Linear, and writes the fastest for each call into the plan table of the device.
 Correct first: what disagrees with the fp64 reference, does not compile or does not launch is reported, never chosen.
-addmm stays unless another plan is faster by more than the noise. Started again, it goes on where it stopped."""
+addmm stays unless another plan is faster by more than the noise. Started again, it goes on where it stopped.
+With --op dropkey_attention or lora_linear_skinny it measures the tiles of single kernels against their defaults."""
 
 
 def _at_least(least: int):

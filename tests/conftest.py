@@ -1,3 +1,4 @@
+import json
 import os
 
 import pytest
@@ -25,3 +26,18 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def table_folder(tmp_path, monkeypatch):
+    """Where plan tables are read from and written to: an empty one, but for the default."""
+    from lorasp.triton_kernels import tuning
+
+    monkeypatch.setattr(tuning, "_CONFIG_DIR", tmp_path)
+    (tmp_path / "default.json").write_text(
+        json.dumps({"device": "default", "measured": False, "provenance": {}, "rows": []}
+                   | {"default": {"forward": "addmm", "backward": "addmm"}})
+    )  # fmt: skip
+    tuning.forget_tables()
+    yield tmp_path
+    tuning.forget_tables()

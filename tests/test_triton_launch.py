@@ -129,3 +129,23 @@ def test_shapes_are_looked_up_once_but_not_while_launches_are_intercepted():
         build(1)
         build(1)
     assert seen == [(1,)] * 3
+
+
+def test_tiles_that_are_forced_or_newly_measured_make_new_launches():
+    seen = []
+
+    @launch.per_shape
+    def build(*key):
+        seen.append(key)
+
+    def calls():
+        seen.clear()
+        for _ in range(2):
+            build(1)
+        return len(seen)
+
+    with tuning.forced_tiles("lora_linear_skinny", "project", tuning.Tiles((("block_c", 64),))):
+        assert calls() == 1
+    assert (calls(), calls()) == (1, 0)
+    tuning.forget_tables()
+    assert calls() == 1

@@ -44,11 +44,9 @@ def table(tmp_path, monkeypatch):
         monkeypatch.setattr(tuning, "_CONFIG_DIR", tmp_path)
         return replace(tuning.target_of_arch(90), name="Test GPU 7")
 
-    tuning.load_table.cache_clear()
-    tuning.select_plan.cache_clear()
+    tuning.forget_tables()
     yield install
-    tuning.load_table.cache_clear()
-    tuning.select_plan.cache_clear()
+    tuning.forget_tables()
 
 
 def choose(target, plan="auto", direction="forward", M=8192, N=4096, K=4096, R=16, dtype=torch.bfloat16, dropout=False):

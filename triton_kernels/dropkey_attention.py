@@ -4,7 +4,7 @@
     dv = pᵀ do;  dp = do vᵀ;  dz = p∘(dp − rowsum(do∘o));  dq = scale·dz k;  dk = scale·dzᵀ q;  dmask = dz
 
 Nothing of size Sq×Sk is stored but dmask. Key lists of dropped columns and spans are built on the device, in both
-directions; no host sync, no atomics: the same bits every run. tuning.py chooses the tiles.
+directions; no host sync, no atomics: the same bits every run. dropkey_attention_tiles.py chooses the tiles.
 """
 
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ def forward(
         call = _Call.of(q, k, v, attn_mask, seed, dropout_p, pattern, is_causal, scale)
         config = call.config("forward")
         arguments = call.arguments(config) | {
-            "o_ptr": o, "lse_ptr": lse, "OUT_DV": DV, "BASE_2": q.dtype != torch.float32, **_strides("o", "bhm", o),
+            "o_ptr": o, "lse_ptr": lse, "OUT_DV": DV, "RISING": scale > 0, **_strides("o", "bhm", o),
         }  # fmt: skip
         grid = (triton.cdiv(Sq, config.block_m) * B * H,)
         launch(_dropkey_attention_fwd_kernel, grid, arguments, config.num_warps, config.num_stages)
@@ -67,7 +67,6 @@ def backward(
     broadcasts. Rows of dk and dv of dropped keys are 0. Raises ValueError as forward does.
     """
     check_operand(_OPERATOR, "q", q)
-    (B, H, Sq, _), DV = q.shape, v.shape[3]
     dq, dk, dv, dmask = (do.new_empty(0) for _ in range(4))
     if o.numel() == 0 or k.shape[2] == 0:
         dq, dk, dv = (
@@ -77,20 +76,13 @@ def backward(
     with device_of(q):
         call = _Call.of(q, k, v, attn_mask, seed, dropout_p, pattern, is_causal, scale)
         do = _operand(do)
-        delta = torch.empty_like(lse)
-        rows = call.config("delta")
-        arguments = {
-            "do_ptr": do, "o_ptr": o, "delta_ptr": delta, "H": H, "Sq": Sq, "DV": DV, "BLOCK_M": rows.block_m,
-            "BLOCK_DV": pad_head_dim(DV),
-        } | _strides("do", "bhm", do) | _strides("o", "bhm", o)  # fmt: skip
-        grid = (triton.cdiv(Sq, rows.block_m) * B * H,)
-        launch(_dropkey_attention_delta_kernel, grid, arguments, rows.num_warps, rows.num_stages)
+        common = {"do_ptr": do, **_strides("do", "bhm", do), **_statistics(call, do, o, lse)}
         if need_dq:
-            dq = _dq(call, q, do, lse, delta)
+            dq = _dq(call, q, common)
         if need_dk or need_dv:
-            dk, dv = _dkv(call, k, v, do, lse, delta)
+            dk, dv = _dkv(call, k, v, common)
         if need_dmask:
-            dmask = _dmask(call, do, lse, delta)
+            dmask = _dmask(call, common)
     return dq, dk if need_dk else do.new_empty(0), dv if need_dv else do.new_empty(0), dmask
 
 
@@ -134,9 +126,11 @@ class _Call:
         head_dim = max(self.q.shape[3], self.v.shape[3])
         if self.element:
             logits = "ragged" if self.k.shape[2] % 8 else "masked"
+        elif self.attn_mask is None or self.attn_mask.shape[2] == 1:
+            logits = "plain" if self.index is None else "listed"
         else:
-            logits = "plain" if self.attn_mask is None or self.attn_mask.shape[2] == 1 else "masked"
-        return attention_config(self.target, self.q.dtype, head_dim, kernel, logits)
+            logits = "masked"
+        return attention_config(self.target, self.q.dtype, head_dim, kernel, logits, self.is_causal)
 
     def arguments(self, config: AttentionConfig) -> dict:
         """The arguments that the forward, dq, dkv and mask kernels have in common."""
@@ -151,28 +145,43 @@ class _Call:
             "INDEXED": self.index is not None, "MASK": "none" if mask is None else "additive" if additive else "bool",
             "MASK_ROWS": mask is not None and mask.shape[2] > 1, "MASK_WIDE": mask is not None and _spans_wide(mask),
             "MASK_FLOOR": torch.finfo(mask.dtype).min / 2 if additive else 0.0, "CAUSAL": self.is_causal,
-            "ELEMENT": self.element, "ALIGNED": Sk % 8 == 0, "PRECISION": precision_of(q), "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n, "BLOCK_D": pad_head_dim(D), "BLOCK_DV": pad_head_dim(DV),
-            **_strides("q", "bhm", q), **_strides("k", "bhn", k), **_strides("v", "bhn", v),
-            **_strides("m", "bhmn", mask),
+            "ELEMENT": self.element, "ALIGNED": Sk % 8 == 0, "BASE_2": q.dtype != torch.float32,
+            "PRECISION": precision_of(q), "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+            "BLOCK_D": pad_head_dim(D), "BLOCK_DV": pad_head_dim(DV), **_strides("q", "bhm", q),
+            **_strides("k", "bhn", k), **_strides("v", "bhn", v), **_strides("m", "bhmn", mask),
         }  # fmt: skip
 
 
-def _dq(call, q, do, lse, delta) -> Tensor:
+def _statistics(call, do, o, lse) -> dict:
+    """What the backward kernels read of every query, in whole blocks of theirs: delta and base, fp32 (B, H, rows)."""
+    (B, H, Sq), DV = lse.shape, o.shape[3]
+    tallest = max(call.config(kernel).block_m for kernel in ("delta", "dq", "dkv", "mask"))
+    rows = triton.cdiv(Sq, tallest) * tallest
+    delta, base = lse.new_empty((2, B, H, rows))
+    config = call.config("delta")
+    arguments = {
+        "do_ptr": do, "o_ptr": o, "lse_ptr": lse, "delta_ptr": delta, "base_ptr": base, "H": H, "Sq": Sq, "rows": rows,
+        "DV": DV, "BASE_2": do.dtype != torch.float32, "BLOCK_M": config.block_m, "BLOCK_DV": pad_head_dim(DV),
+        **_strides("do", "bhm", do), **_strides("o", "bhm", o),
+    }  # fmt: skip
+    grid = (rows // config.block_m * B * H,)
+    launch(_dropkey_attention_delta_kernel, grid, arguments, config.num_warps, config.num_stages)
+    return {"delta_ptr": delta, "base_ptr": base, "rows": rows}
+
+
+def _dq(call, q, common) -> Tensor:
     B, H, Sq, _ = q.shape
     out = torch.empty_like(q)
     dq = _writable(out)
     config = call.config("dq")
-    arguments = call.arguments(config) | {
-        "do_ptr": do, "lse_ptr": lse, "delta_ptr": delta, "dq_ptr": dq, "OUT_D": q.shape[3],
-        **_strides("do", "bhm", do), **_strides("dq", "bhm", dq),
-    }  # fmt: skip
+    own = {"dq_ptr": dq, "OUT_D": q.shape[3], **_strides("dq", "bhm", dq)}
     grid = (triton.cdiv(Sq, config.block_m) * B * H,)
+    arguments = call.arguments(config) | common | own
     launch(_dropkey_attention_bwd_dq_kernel, grid, arguments, config.num_warps, config.num_stages)
     return out if dq is out else out.copy_(dq)
 
 
-def _dkv(call, k, v, do, lse, delta) -> tuple[Tensor, Tensor]:
+def _dkv(call, k, v, common) -> tuple[Tensor, Tensor]:
     """(dk, dv): one program per block of keys and key head, or per query head, whose fp32 partials are then added."""
     (B, H, _, _), (key_heads, Sk) = call.q.shape, k.shape[1:3]
     config = call.config("dkv")
@@ -184,10 +193,9 @@ def _dkv(call, k, v, do, lse, delta) -> tuple[Tensor, Tensor]:
         dk, dv = (t.new_empty((B, H, *t.shape[2:]), dtype=torch.float32) for t in (k, v))
     else:
         dk, dv = map(_writable, outs)
-    arguments = call.arguments(config) | {
-        "do_ptr": do, "lse_ptr": lse, "delta_ptr": delta, "dk_ptr": dk, "dv_ptr": dv, "heads": heads,
-        "OUT_D": k.shape[3], "OUT_DV": v.shape[3], **_strides("do", "bhm", do), **_strides("dk", "bhn", dk),
-        **_strides("dv", "bhn", dv),
+    arguments = call.arguments(config) | common | {
+        "dk_ptr": dk, "dv_ptr": dv, "heads": heads, "GROUPED": heads > 1, "OUT_D": k.shape[3], "OUT_DV": v.shape[3],
+        **_strides("dk", "bhn", dk), **_strides("dv", "bhn", dv),
     }  # fmt: skip
     grid = (tiles * B * (H // heads),)
     launch(_dropkey_attention_bwd_dkv_kernel, grid, arguments, config.num_warps, config.num_stages)
@@ -196,7 +204,7 @@ def _dkv(call, k, v, do, lse, delta) -> tuple[Tensor, Tensor]:
     return tuple(out if out is result else out.copy_(result) for out, result in zip(outs, (dk, dv), strict=True))
 
 
-def _dmask(call, do, lse, delta) -> Tensor:
+def _dmask(call, common) -> Tensor:
     """The gradient of attn_mask in its own shape; few tiles of a mask that broadcasts share their sums."""
     (B, H, Sq, _), Sk, mask = call.q.shape, call.k.shape[2], call.attn_mask
     config = call.config("mask")
@@ -208,11 +216,10 @@ def _dmask(call, do, lse, delta) -> Tensor:
     parts = triton.cdiv(items, split)
     dmask = mask.new_empty(mask.shape)
     partials = dmask if parts == 1 else mask.new_empty((parts, *mask.shape), dtype=torch.float32)
-    arguments = call.arguments(config) | {
-        "do_ptr": do, "lse_ptr": lse, "delta_ptr": delta, "part_ptr": partials, "MASK_KEYS": mask.shape[3] > 1,
-        "tiles_h": tiles[1], "tiles_m": tiles[2], "tiles_n": tiles[3], "reps_h": reps[1], "reps_m": reps[2],
-        "reps_n": reps[3], "items": items, "split": split,
-    } | _strides("do", "bhm", do)  # fmt: skip
+    arguments = call.arguments(config) | common | {
+        "part_ptr": partials, "MASK_KEYS": mask.shape[3] > 1, "tiles_h": tiles[1], "tiles_m": tiles[2],
+        "tiles_n": tiles[3], "reps_h": reps[1], "reps_m": reps[2], "reps_n": reps[3], "items": items, "split": split,
+    }  # fmt: skip
     del arguments["index_ptr"], arguments["MASK"]
     launch(_dropkey_attention_bwd_mask_kernel, (programs, parts), arguments, config.num_warps, config.num_stages)
     return dmask if parts == 1 else dmask.copy_(partials.sum(0))

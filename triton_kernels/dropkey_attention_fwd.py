@@ -11,7 +11,7 @@ import triton.language as tl
 from .philox import keep_mask
 
 _PURPOSE_DROPKEY = tl.constexpr(1)
-_LOG2_E = tl.constexpr(1.4426950408889634)
+LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
 # Lengths, and what depends on them, vary from batch to batch: no variant of their own for 1 or multiples of 16.
 UNSPECIALIZED = ["H", "group", "Sq", "Sk", "threshold", "length"]
@@ -121,6 +121,12 @@ def masked_logits(
 
 
 @triton.jit
+def exponential(x, BASE_2: tl.constexpr):
+    """2^x or e^x. tl.exp keeps denormals, which takes two products and a comparison more than tl.exp2 per value."""
+    return tl.exp2(x) if BASE_2 else tl.exp(x)
+
+
+@triton.jit
 def key_frontier(
     rank_ptr, start_m, Sq, Sk, INDEXED: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
@@ -138,22 +144,18 @@ def key_frontier(
 
 
 @triton.jit
-def _exp(x, BASE_2: tl.constexpr):
-    return tl.exp2(x) if BASE_2 else tl.exp(x)
-
-
-@triton.jit
 def _attend(
     acc, total, top, q, rows, start, stop, count, k_ptr, v_ptr, stride_kn, stride_vn, index_ptr, mask_ptr, stride_mm,
     stride_mn, seed, first_row, Sq, Sk, threshold, scale,
     D: tl.constexpr, DV: tl.constexpr, INDEXED: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
     MASK_WIDE: tl.constexpr, MASK_FLOOR: tl.constexpr, CAUSAL: tl.constexpr, ELEMENT: tl.constexpr,
-    ALIGNED: tl.constexpr, EDGE: tl.constexpr, BASE_2: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    ALIGNED: tl.constexpr, EDGE: tl.constexpr, BASE_2: tl.constexpr, RISING: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """The online softmax over list entries start … stop − 1: acc and total relative to e^top, top the row maximum.
 
     BASE_2: logits, and top, in units of log 2, which saves a product per logit and costs a bit of their precision.
+    RISING: scale > 0. The maximum is then taken before the product with it, which leaves one multiply-add per logit.
     """
     for start_n in tl.range(start, stop, BLOCK_N):
         offs_j = start_n + tl.arange(0, BLOCK_N)
@@ -163,13 +165,16 @@ def _attend(
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         z = masked_logits(
             s, rows[:, None], keys[None, :], live[None, :], mask_ptr, stride_mm, stride_mn, seed, first_row, start_n,
-            Sq, Sk, threshold, scale, _LOG2_E if BASE_2 else 1.0, MASK, MASK_ROWS, MASK_WIDE, MASK_FLOOR, CAUSAL,
+            Sq, Sk, threshold, scale, LOG2_E if BASE_2 else 1.0, MASK, MASK_ROWS, MASK_WIDE, MASK_FLOOR, CAUSAL,
             ELEMENT, ALIGNED, EDGE, False, BLOCK_M, BLOCK_N,
         )  # fmt: skip
-        above = tl.maximum(top, tl.max(z, 1))
+        if RISING and MASK == "none" and not ELEMENT and not EDGE:
+            above = tl.maximum(top, tl.max(s, 1) * (scale * (LOG2_E if BASE_2 else 1.0)))
+        else:
+            above = tl.maximum(top, tl.max(z, 1))
         base = tl.where(above == float("-inf"), 0.0, above)  # nothing seen yet: exp(−inf − 0) is 0, not NaN
-        p = _exp(z - base[:, None], BASE_2)
-        shrink = _exp(top - base, BASE_2)
+        p = exponential(z - base[:, None], BASE_2)
+        shrink = exponential(top - base, BASE_2)
         total = total * shrink + tl.sum(p, 1)
         v = load_rows(v_ptr, keys, stride_vn, live, DV, BLOCK_DV)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
@@ -185,8 +190,8 @@ def _dropkey_attention_fwd_kernel(
     stride_ob, stride_oh, stride_om, stride_mb, stride_mh, stride_mm, stride_mn,
     D: tl.constexpr, DV: tl.constexpr, OUT_DV: tl.constexpr, INDEXED: tl.constexpr, MASK: tl.constexpr,
     MASK_ROWS: tl.constexpr, MASK_WIDE: tl.constexpr, MASK_FLOOR: tl.constexpr, CAUSAL: tl.constexpr,
-    ELEMENT: tl.constexpr, ALIGNED: tl.constexpr, BASE_2: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    ELEMENT: tl.constexpr, ALIGNED: tl.constexpr, BASE_2: tl.constexpr, RISING: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """o and lse of BLOCK_M queries of one (batch, query head) per program, by FlashAttention-2's online softmax.
 
@@ -222,12 +227,13 @@ def _dropkey_attention_fwd_kernel(
     acc, total, top = _attend(
         acc, total, top, q, offs_m, 0, full, count, k_ptr, v_ptr, stride_kn, stride_vn, index_ptr, mask_ptr, stride_mm,
         stride_mn, seed, pid_bh * Sq + start_m, Sq, Sk, threshold, scale, D, DV, INDEXED, MASK, MASK_ROWS, MASK_WIDE,
-        MASK_FLOOR, CAUSAL, ELEMENT, ALIGNED, False, BASE_2, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+        MASK_FLOOR, CAUSAL, ELEMENT, ALIGNED, False, BASE_2, RISING, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     acc, total, top = _attend(
         acc, total, top, q, offs_m, full, stop, count, k_ptr, v_ptr, stride_kn, stride_vn, index_ptr, mask_ptr,
         stride_mm, stride_mn, seed, pid_bh * Sq + start_m, Sq, Sk, threshold, scale, D, DV, INDEXED, MASK, MASK_ROWS,
-        MASK_WIDE, MASK_FLOOR, CAUSAL, ELEMENT, ALIGNED, True, BASE_2, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+        MASK_WIDE, MASK_FLOOR, CAUSAL, ELEMENT, ALIGNED, True, BASE_2, RISING, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
+        BLOCK_DV,
     )  # fmt: skip
 
     some = total > 0

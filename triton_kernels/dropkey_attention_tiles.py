@@ -1,13 +1,14 @@
-"""The tiles of dropkey_attention's kernels: defaults per architecture, none of which spills.
+"""The tiles of dropkey_attention's kernels: an architecture's defaults, none of which spills, or measured ones.
 
-Nobody has timed them: they are the widest that ptxas fits into registers, with the most stages that help.
+Nobody has timed the defaults: they are the widest that ptxas fits into registers, with the most stages that help. Key
+lists want one more than plain keys, because the list itself is fetched a step ahead.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from .tuning import Target, next_power_of_two
+from .tuning import Target, chosen_tiles, next_power_of_two
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ _HOPPER = {
         256: ((128, 32, 8, 2), (64, 32, 8, 2)),
     },
     "dq": {
-        64: ((128, 128, 8, 2), (128, 64, 8, 2)),
-        128: ((128, 64, 8, 2), (128, 32, 8, 2)),
+        64: ((128, 128, 8, 3), (128, 64, 8, 2)),
+        128: ((128, 64, 8, 3), (128, 32, 8, 2)),
         256: ((128, 32, 8, 2), (32, 32, 8, 1)),
     },
     "dkv": {
@@ -89,6 +90,8 @@ _FP32 = {
     },
     "mask": {128: ((32, 32, 8, 2), (32, 32, 8, 2)), 256: ((16, 16, 8, 1), (16, 16, 8, 1))},
 }
+# Before sm_90 ptxas stops at 128 registers there, and spills the rest.
+_OLDER_FP32 = _FP32 | {"dkv": _FP32["dkv"] | {64: ((32, 32, 8, 2), (32, 64, 8, 2))}}
 
 
 def pad_head_dim(D: int) -> int:
@@ -96,12 +99,28 @@ def pad_head_dim(D: int) -> int:
     return max(next_power_of_two(D), 16)
 
 
-def attention_config(target: Target, dtype: torch.dtype, head_dim: int, kernel: str, logits: str) -> AttentionConfig:
-    """The architecture's tiles for kernel forward, delta, dq, dkv or mask; head_dim is the larger of D and Dv.
+def head_dim_bucket(head_dim: int) -> int:
+    """The head_dim of the tables' rows that speak for this one."""
+    return next(limit for limit in (64, 128, 256) if head_dim <= limit)
 
-    logits: plain if no value of a mask and no drop bit belongs to one logit alone, else masked; ragged if drop bits do
-    and a row of them starts anywhere in the eight of a Philox call.
+
+def attention_config(
+    target: Target, dtype: torch.dtype, head_dim: int, kernel: str, logits: str, causal: bool = False
+) -> AttentionConfig:
+    """The tiles of kernel forward, delta, dq, dkv or mask; head_dim is the larger of D and Dv.
+
+    logits: plain if no value of a mask and no drop bit belongs to one logit alone, listed if beside that the keys come
+    from a list, else masked; ragged if drop bits do and a row of them starts anywhere in the eight of a Philox call.
     """
+    own = architecture_config(target, dtype, head_dim, kernel, logits)
+    if logits == "ragged" or kernel in ("delta", "mask"):
+        return own
+    call = {"dtype": str(dtype).removeprefix("torch."), "head_dim": head_dim_bucket(head_dim), "logits": logits}
+    return chosen_tiles(target, "dropkey_attention", kernel, own, **call, causal=causal)
+
+
+def architecture_config(target: Target, dtype: torch.dtype, head_dim: int, kernel: str, logits: str) -> AttentionConfig:
+    """What attention_config says of a device that nobody measured."""
     if target.arch == 0:
         return AttentionConfig(16, 16, num_warps=4, num_stages=1)
     if kernel == "delta":
@@ -110,10 +129,10 @@ def attention_config(target: Target, dtype: torch.dtype, head_dim: int, kernel: 
         sides = (32, 32) if dtype.itemsize == 2 or head_dim <= 64 else (16, 16)
         return AttentionConfig(*sides, num_warps=4 if dtype.itemsize == 2 and head_dim <= 64 else 8, num_stages=1)
     if dtype.itemsize == 4:
-        family = _FP32
+        family = _FP32 if target.arch >= 90 else _OLDER_FP32
     elif 90 <= target.arch < 120:
         family = _HOPPER if target.arch == 90 else _BLACKWELL
     else:
         family = _AMPERE if target.arch == 80 else _ADA
     plain, masked = next(tiles for limit, tiles in sorted(family[kernel].items()) if head_dim <= limit)
-    return AttentionConfig(*(plain if logits == "plain" else masked))
+    return AttentionConfig(*(masked if logits == "masked" else plain))

@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -179,16 +181,37 @@ class Launch:
 def per_shape(build: Callable) -> Callable:
     """Cache what a launcher computes from sizes, strides and dtypes alone, most of all its Launch.
 
-    Not under intercept(), nor in the interpreter: tests exchange tiles there.
+    Not under intercept(), nor in the interpreter: tests exchange tiles there. A new table, or tiles that are forced,
+    make a cache of their own.
     """
-    cached = functools.lru_cache(maxsize=4096)(build)
+
+    @functools.lru_cache(maxsize=4096)
+    def cached(tiles, *key):
+        return build(*key)
 
     @functools.wraps(build)
     def look_up(*key):
-        return (cached if _interceptor is None and not INTERPRETED else build)(*key)
+        return build(*key) if _interceptor is not None or INTERPRETED else cached(tuning.tiles_in_force(), *key)
 
-    look_up.cache_clear = cached.cache_clear
     return look_up
+
+
+@contextlib.contextmanager
+def compiling() -> Iterator[None]:
+    """Inside the block launches run nothing: what they need is compiled in threads, all of it at the block's end.
+
+    What does not compile is passed over; a launch outside the block says why.
+    """
+
+    def warm_up(kernel, grid, arguments, num_warps, num_stages):
+        kernel.warmup(grid=grid, **arguments, num_warps=num_warps, num_stages=num_stages, **_OPTIONS)
+
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as threads,
+        triton.AsyncCompileMode(threads, ignore_errors=True),
+        intercept(warm_up),
+    ):
+        yield
 
 
 @contextlib.contextmanager

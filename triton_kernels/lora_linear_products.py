@@ -78,7 +78,7 @@ def from_dy(dy, lora_B, xa, scale, mask_B, dtype, need_g, need_dB, target) -> tu
 @per_shape
 def in_one_pass(target, dtype, M, N, R, strides) -> bool:
     """Whether g and dB come from one pass over dy (M, N)."""
-    block_m = tuning.one_pass_config(target, dtype, M, R, aligned=wide_rows(strides)).block_m
+    block_m = tuning.rank_config("project_outer", target, dtype, M, N, R, aligned=wide_rows(strides)).block_m
     return tuning.one_pass_over_dy(M, N, R, dtype.itemsize, block_m)
 
 
@@ -99,7 +99,7 @@ def project(p, q, scale, dropout, target, rank_first) -> Tensor:
 
 @per_shape
 def _project_launch(target, dtype, M, C, R, strides, rank_first, dropout, precision) -> tuple[Launch, int]:
-    config = tuning.skinny_config(target, dtype, M, R, aligned=wide_rows(strides))
+    config = tuning.rank_config("project", target, dtype, M, C, R, aligned=wide_rows(strides), dropout=dropout)
     tiles = ceil_div(M, config.block_m), ceil_div(R, config.block_r)
     parts, split_c = split_sum(target, tiles[0] * tiles[1], C, config.block_c, M * C * dtype.itemsize, M * R)
     arguments = {
@@ -126,7 +126,7 @@ def outer(p, h, dtype, mask, dropout, target, rank_first) -> Tensor:
 
 @per_shape
 def _outer_launch(target, dtype, M, C, R, strides, rank_first, masked, dropout, precision) -> tuple[Launch, int]:
-    config = tuning.skinny_config(target, dtype, M, R, aligned=wide_rows(strides))
+    config = tuning.rank_config("outer", target, dtype, M, C, R, aligned=wide_rows(strides), dropout=dropout)
     tiles = ceil_div(C, config.block_c), ceil_div(R, config.block_r)
     parts, split_m = split_sum(target, tiles[0] * tiles[1], M, config.block_m, M * C * dtype.itemsize, C * R)
     arguments = {
@@ -160,7 +160,7 @@ def project_outer(dy, lora_B, xa, scale, mask_B, dtype, target, positions=None, 
 
 @per_shape
 def _project_outer_launch(target, dtype, M, N, R, strides, features, selected, precision) -> tuple[Launch, int, int]:
-    config = tuning.one_pass_config(target, dtype, M, R, aligned=wide_rows(strides))
+    config = tuning.rank_config("project_outer", target, dtype, M, N, R, aligned=wide_rows(strides))
     tiles = ceil_div(M, config.block_m)
     parts, split_n = split_sum(target, tiles, N, config.block_c, M * N * dtype.itemsize, M * R)
     arguments = {
@@ -199,7 +199,7 @@ def accumulate(out, h, q, dropout, target, rank_first) -> None:
 
 @per_shape
 def _accumulate_launch(target, dtype, M, C, R, rank_first, dropout, precision) -> Launch:
-    config = tuning.accumulate_config(target, dtype, M, R, aligned=C % 16 == 0)
+    config = tuning.rank_config("accumulate", target, dtype, M, C, R, aligned=C % 16 == 0, dropout=dropout)
     arguments = {
         "M": M, "C": C, "R": R, "RANK_FIRST": rank_first, "PRECISION": precision, "BLOCK_M": config.block_m,
         "BLOCK_C": config.block_c, "BLOCK_R": config.block_r,

@@ -1,30 +1,22 @@
 """Which plan and which tiles a call runs with: architecture defaults plus measured tables, one file per device.
 
-configs/<device>.json, <device> being the CUDA name in lower case with "_" for all but letters and digits;
-configs/default.json serves every device without a file:
-
-    {"device": str, "measured": bool, "provenance": {str: str},
-     "default": {"forward": plan, "backward": plan},
-     "rows": [{"direction": "forward" | "backward", "dtype": "bfloat16" | "float16" | "float32", "dropout": bool,
-               "N": int, "K": int, "R": int, "M": int, "plan": plan, "gemm": {GemmConfig fields} | absent}, …]}
-
-A row speaks for calls of its direction, dtype and dropout whose N, K and R lie within a factor of two of its own. Among
-the rows that speak, the nearest in (log N + log K, log R) and then in log M decides. Where none speaks, "default" does,
-and the tiles are the architecture's. A device that nobody measured runs `addmm`: cuBLAS keeps the frozen product at its
-own speed there.
+plan_table.py says what a table holds. A row speaks for calls of its direction, dtype and dropout whose N, K and R lie
+within a factor of two of its own. Among the rows that speak, the nearest in (log N + log K, log R) and then in log M
+decides. Where none speaks, "default" does, and the tiles are the architecture's. A device that nobody measured runs
+`addmm`: cuBLAS keeps the frozen product at its own speed there.
 """
 
-import json
+import contextlib
 import math
-import re
-from collections.abc import Iterable
-from dataclasses import MISSING, dataclass, fields, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
-PLANS = ("auto", "addmm", "fused", "onepass")
+from .plan_table import PLANS, TILE_SECTIONS, GemmConfig, Plan, Tiles, read_table, table_file
+
 ONEPASS_MAX_RANK = 64
 _CONFIG_DIR = Path(__file__).parent / "configs"
 
@@ -40,25 +32,6 @@ class Target:
 
 
 @dataclass(frozen=True)
-class GemmConfig:
-    """Tiles of a fused GEMM: out tile (block_m, block_c), steps of block_d over the dimension summed over.
-
-    tma: persistent kernel with tensor descriptors; flatten: one pipeline across its tiles; subtiles: pieces (1 or 2)
-    the output tile is stored in, to save shared memory.
-    """
-
-    block_m: int
-    block_c: int
-    block_d: int
-    num_warps: int
-    num_stages: int
-    group_m: int = 8
-    tma: bool = False
-    flatten: bool = False
-    subtiles: int = 1
-
-
-@dataclass(frozen=True)
 class SkinnyConfig:
     """Tiles of a rank-R product: (block_m, block_c) of the large matrix, block_r columns of the small one."""
 
@@ -67,14 +40,6 @@ class SkinnyConfig:
     block_r: int
     num_warps: int
     num_stages: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What one GEMM runs: name is addmm, fused or onepass; gemm is None where the architecture's tiles are meant."""
-
-    name: str
-    gemm: GemmConfig | None = None
 
 
 # Opt-in shared memory per block in bytes (CUDA programming guide, "Technical Specifications per Compute Capability").
@@ -231,62 +196,85 @@ def one_pass_over_dy(M: int, N: int, R: int, itemsize: int, block_m: int) -> boo
     return R <= 64 and 2 * partials < M * N * itemsize
 
 
-_ROW = {
-    "direction": ("forward", "backward"), "dtype": ("bfloat16", "float16", "float32"), "dropout": (False, True),
-    "N": int, "K": int, "R": int, "M": int, "plan": PLANS[1:],
-}  # fmt: skip
-ROW_KEY = tuple(_ROW)[:-1]
+def rank_config(
+    kernel: str, target: Target, dtype: torch.dtype, M: int, C: int, R: int, *, aligned: bool, dropout: bool = False
+) -> SkinnyConfig:
+    """Tiles of kernel project, outer, project_outer or accumulate of lora_linear_skinny.py; the large matrix is (M, C).
+
+    aligned: its rows suit vector loads, as those of measured calls do; the others run on the architecture's tiles.
+    """
+    own = architecture_rank_config(kernel, target, dtype, M, R, aligned=aligned)
+    call = {"dtype": str(dtype).removeprefix("torch."), "dropout": dropout, "C": C, "R": R, "M": max(M, 1)}
+    return chosen_tiles(target, "lora_linear_skinny", kernel, own, **call) if aligned else own
 
 
-def table_file(device: str) -> str:
-    """The name of a device's file in configs/."""
-    return re.sub(r"[^a-z0-9]+", "_", device.lower()) + ".json"
+def architecture_rank_config(
+    kernel: str, target: Target, dtype: torch.dtype, M: int, R: int, *, aligned: bool
+) -> SkinnyConfig:
+    """What rank_config says of a device that nobody measured."""
+    choose = {"project_outer": one_pass_config, "accumulate": accumulate_config}.get(kernel, skinny_config)
+    return choose(target, dtype, M, R, aligned=aligned)
 
 
-def read_table(path: Path) -> dict:
-    """The table of one file. Raises ValueError that names the file and what in it is not as the module says."""
+_forced: dict[tuple[str, str], Tiles] = {}
+_tables_read = 0  # how often the tables were forgotten
 
-    def expect(right: bool, what: str, got: object) -> None:
-        if not right:
-            raise ValueError(f"{path.name}: {what}, got {got!r}")
 
-    def expect_fields(where: str, have: object, needed: Iterable[str], optional: Iterable[str] = ()) -> None:
-        expect(isinstance(have, dict), f"{where} must be an object", have)
-        expect(set(needed) <= set(have), f"{where} must have {', '.join(needed)}", ", ".join(have))
-        unknown = sorted(set(have) - {*needed, *optional})
-        expect(not unknown, f"{where} must have no other fields than {', '.join([*needed, *optional])}", unknown)
-
+@contextlib.contextmanager
+def forced_tiles(operator: str, kernel: str, tiles: Tiles) -> Iterator[None]:
+    """Inside the block that kernel runs on these tiles, whatever a table says: how `lorasp tune` tries them."""
+    global _forced
+    before, _forced = _forced, _forced | {(operator, kernel): tiles}
     try:
-        table = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path.name}: must be JSON: {error}") from error
-    expect_fields("the file", table, ("device", "measured", "provenance", "default", "rows"))
-    expect_fields("default", table["default"], ("forward", "backward"))
-    for direction, plan in table["default"].items():
-        expect(plan in PLANS[1:], f"default {direction} must be one of {', '.join(PLANS[1:])}", plan)
-    expect(isinstance(table["rows"], list), "rows must be a list", table["rows"])
-    tiles = {field.name: type(field.default) for field in fields(GemmConfig) if field.default is not MISSING}
-    sizes = [field.name for field in fields(GemmConfig) if field.default is MISSING]
-    for i, row in enumerate(table["rows"]):
-        expect_fields(f"row {i}", row, _ROW, ("gemm",))
-        for name, allowed in _ROW.items():
-            if allowed is int:
-                expect(_is_size(row[name]), f"row {i}: {name} must be a whole number above 0", row[name])
-            else:
-                known = ", ".join(map(str, allowed))
-                expect(row[name] in allowed, f"row {i}: {name} must be one of {known}", row[name])
-        expect_fields(f"row {i}: gemm", row.get("gemm", dict.fromkeys(sizes)), sizes, tiles)
-        for name, value in row.get("gemm", {}).items():
-            flag = tiles.get(name) is bool
-            right = isinstance(value, bool) if flag else _is_size(value)
-            expect(
-                right, f"row {i}: gemm {name} must be {'true or false' if flag else 'a whole number above 0'}", value
-            )
-    return table
+        yield
+    finally:
+        _forced = before
 
 
-def _is_size(value: object) -> bool:
-    return type(value) is int and value > 0
+def tiles_in_force() -> tuple:
+    """What chosen_tiles depends on beside its arguments: a key for who keeps what it chose."""
+    return _tables_read, *_forced.items()
+
+
+def chosen_tiles(target: Target, operator: str, kernel: str, own, **call):
+    """The config of one launch: `own`, with what forced_tiles or else the device's table says of such a call.
+
+    call: the other fields of the operator's TILE_SECTIONS. A table's row speaks for calls whose sizes lie within a
+    factor of four of its own and whose other fields are the same; the nearest one decides.
+    """
+    tiles = _forced.get((operator, kernel))
+    if tiles is None:
+        tiles = _measured_tiles(target, operator, (("kernel", kernel), *call.items()))
+    return replace(own, **dict(tiles.fields))
+
+
+@lru_cache(maxsize=4096)
+def _measured_tiles(target: Target, operator: str, call: tuple[tuple[str, object], ...]) -> Tiles:
+    key = TILE_SECTIONS[operator].key
+    same = {name: value for name, value in call if key[name] is not int}
+    sizes = {name: value for name, value in call if key[name] is int}
+    rows = [
+        row
+        for row in load_table(target.name).get(operator, ())
+        if all(row[name] == value for name, value in same.items())
+        and all(_apart(row, **{name: value}) <= 2 for name, value in sizes.items())
+    ]
+    row = min(rows, key=lambda row: _apart(row, **sizes), default={})
+    return Tiles(tuple(row.get("tiles", {}).items()))
+
+
+def _apart(row: dict, **sizes: int) -> float:
+    """How many doublings lie between a row's sizes and these."""
+    return sum(abs(math.log2(row[name] / size)) for name, size in sizes.items())
+
+
+def forget_tables() -> None:
+    """Read the files again: for who has written one."""
+    global _tables_read
+    _tables_read += 1
+    load_table.cache_clear()
+    select_plan.cache_clear()
+    _measured_tiles.cache_clear()
 
 
 @lru_cache
@@ -322,17 +310,14 @@ def select_plan(
     table = load_table(target.name)
     dtype_name = str(dtype).removeprefix("torch.")
 
-    def apart(row, **sizes):
-        return sum(abs(math.log2(row[name] / size)) for name, size in sizes.items())
-
     rows = [
         row
         for row in table["rows"]
         if (row["direction"], row["dtype"], row["dropout"]) == (direction, dtype_name, dropout)
         and (row["plan"] == plan or (plan == "auto" and (row["plan"] != "onepass" or R <= ONEPASS_MAX_RANK)))
-        and max(apart(row, N=N), apart(row, K=K), apart(row, R=R)) <= 1
+        and max(_apart(row, N=N), _apart(row, K=K), _apart(row, R=R)) <= 1
     ]
-    row = min(rows, key=lambda row: (apart(row, N=N, K=K), apart(row, R=R), apart(row, M=max(M, 1))), default=None)
+    row = min(rows, key=lambda row: (_apart(row, N=N, K=K), _apart(row, R=R), _apart(row, M=max(M, 1))), default=None)
     if row is None:
         chosen = Plan(table["default"][direction] if plan == "auto" else plan)
     else:

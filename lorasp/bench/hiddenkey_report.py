@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from lorasp import bench, console, info
-from lorasp.bench import hiddenkey, report
+from lorasp.bench import attention, hiddenkey, report
 from lorasp.bench.hiddenkey import Contest
 from lorasp.console import UsageError
 
@@ -18,8 +18,9 @@ _MIB = 2**20
 _STYLES = {
     "lorasp column": ("#1f77b4", "-", "o"),
     "lorasp element": ("#17a2b8", "-", "s"),
-    "SDPA, mask": ("#5f6368", "--", "^"),
-    "logits, masked_fill, softmax": ("#e07b39", "--", "v"),
+    attention.MASK: ("#5f6368", "--", "^"),
+    attention.EAGER: ("#e07b39", "--", "v"),
+    attention.FLASH_DROPOUT: ("#d93025", "none", "D"),
 }
 
 
@@ -74,6 +75,10 @@ def print_contest(contest: Contest) -> None:
         for row in contest.rows
     ]  # fmt: skip
     console.print_table(contest.title, ["", "rate", "fwd+bwd ms", "ratio (q1–q3)", "saved MiB"], rows)
+    for target in attention.targets(contest.rows):
+        print(f"  {target}")
+    for name, reason in contest.unavailable.items():
+        print(f"  not measured: {name}: {reason}")
 
 
 def write_csv(path: Path, contests: Sequence[Contest], environment: dict[str, str]) -> None:
@@ -95,8 +100,12 @@ def plot(path: Path, contests: Sequence[Contest], machine: str, versions: dict[s
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(contests), figsize=(5.4 * len(contests), 4.6), squeeze=False)
-    for axis, contest in zip(axes[0], contests, strict=True):
+    columns = min(len(contests), 4)
+    lines = -(-len(contests) // columns)
+    figure, axes = pyplot.subplots(lines, columns, figsize=(5.4 * columns, 0.6 + 4 * lines), squeeze=False)
+    for axis in axes.flat[len(contests) :]:
+        axis.set_axis_off()
+    for axis, contest in zip(axes.flat, contests, strict=False):
         for name, (colour, line, marker) in _STYLES.items():
             rows = [row for row in contest.rows if row.name == name]
             column = [row for row in contest.rows if row.name == "lorasp column" and not row.rate]
@@ -114,11 +123,12 @@ def plot(path: Path, contests: Sequence[Contest], machine: str, versions: dict[s
         axis.set_title(contest.title.removeprefix("dropkey_attention "), fontsize=9)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].set_ylabel("forward + backward ÷ SDPA without drop")
+    for line in axes:
+        line[0].set_ylabel("forward + backward ÷ SDPA without drop")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=4, frameon=False, fontsize=8)
     subtitle = f"torch {versions['torch']}, lorasp {versions['lorasp']} {versions['commit']}".rstrip()
     figure.suptitle(f"dropkey_attention on {machine}\n{subtitle}", fontsize=10)
-    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    figure.tight_layout(rect=(0, 0.05 / lines, 1, 1))
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

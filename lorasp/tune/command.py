@@ -15,28 +15,27 @@ from lorasp.console import UsageError
 from lorasp.ops import registry
 from lorasp.triton_kernels import tuning
 from lorasp.tune import report, search
+from lorasp.tune.jobs import dropkey_attention, lora_linear, lora_linear_skinny
 from lorasp.tune.search import Bench, DeviceLost, Job, Outcome
 from lorasp.tune.table import PlanFile
 
-# (K, N): LLaMA 8B's q and o, gate and up, down, k and v; RoBERTa-large's up, down and attention.
-SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (4096, 1024), (1024, 4096), (1024, 1024))
-RANKS = (16, 8, 64)
-# Far apart first: where the time ends early, the nearest row is still not far.
-TOKENS = (8192, 1, 512, 32768, 32, 2048, 8, 128)
-DTYPES = (torch.bfloat16,)
-DIRECTIONS = ("forward", "backward")
-DROPOUT = {"off": (False,), "on": (True,), "both": (False, True)}
+JOBS = {"lora_linear": lora_linear, "dropkey_attention": dropkey_attention, "lora_linear_skinny": lora_linear_skinny}
 
 
 def make_jobs(options: argparse.Namespace) -> list[Job]:
-    """Every job of the options: all M of one layer together, the first dtype, shape and rank first."""
-    return [
-        Job(direction, dtype, dropout, N, K, R, M)
-        for dtype, dropout, (K, N), R, direction, M in itertools.product(
-            options.dtypes or DTYPES, DROPOUT[options.dropout], options.shapes or SHAPES, options.ranks or RANKS,
-            DIRECTIONS, options.tokens or TOKENS,
-        )
-    ]  # fmt: skip
+    """Every job of the options. Raises UsageError for options of another operator."""
+    refused = {
+        "lora_linear": ("sizes",),
+        "dropkey_attention": ("shapes", "ranks", "tokens", "plans"),
+        "lora_linear_skinny": ("sizes", "plans"),
+    }[options.op]
+    for name in refused:
+        if getattr(options, name) is not None:
+            raise UsageError(f"--{name} is no option of --op {options.op}")
+    for sizes in options.sizes or ():
+        if len(sizes) != 4 or sizes[3] > 256:
+            raise UsageError(f"--sizes must be B,H,S,D with D up to 256, got {','.join(map(str, sizes))}")
+    return JOBS[options.op].make_jobs(options)
 
 
 def _plans(options: argparse.Namespace) -> Sequence[str]:
@@ -44,8 +43,10 @@ def _plans(options: argparse.Namespace) -> Sequence[str]:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Exit code 0; 1 if a plan on its own tiles is wrong or the device is lost. Raises UsageError where nothing can be
-    measured."""
+    """Exit code 0; 1 if what runs on the architecture's own tiles is wrong or the device is lost.
+
+    Raises UsageError where nothing can be measured.
+    """
     jobs = make_jobs(options)
     if options.dry_run:
         report.print_work(jobs, _target(options), _plans(options), options.seconds, options.budget)
@@ -72,7 +73,8 @@ def tune(jobs: Sequence[Job], bench: Bench, provenance: dict[str, str], options:
     folder = options.out or Path(tuning.__file__).parent / "configs"
     console.make_folder(folder)
     try:
-        file = PlanFile(folder, bench.target.name, provenance, fresh=options.fresh)
+        fresh = {job.section for job in jobs} if options.fresh else ()
+        file = PlanFile(folder, bench.target.name, provenance, fresh=fresh)
     except ValueError as error:
         raise UsageError(f"{error}; --fresh starts a new one") from error
     pending = file.pending(jobs)
@@ -92,7 +94,7 @@ def tune(jobs: Sequence[Job], bench: Bench, provenance: dict[str, str], options:
                     file.add(outcome.job, outcome.winner)
                 measured.append(outcome)
                 shown.append(outcome)
-                wrong = wrong or any(plan.gemm is None for plan in outcome.wrong)
+                wrong = wrong or any(plan.own for plan in outcome.wrong)
             _progress("")
             report.print_outcomes(shown)
     except OSError as error:
@@ -127,7 +129,7 @@ def _device_bench(options: argparse.Namespace) -> tuple[Bench, dict[str, str]]:
     device = options.device or torch.device("cpu" if INTERPRETED else "cuda")
     if INTERPRETED and device.type != "cpu":
         raise UsageError(f"--device must be cpu under TRITON_INTERPRET=1, got {device}")
-    for dtype in options.dtypes or DTYPES:
+    for dtype in options.dtypes or (torch.bfloat16,):
         if reason := registry.unsupported("triton", device.type, dtype):
             raise UsageError(reason)
     if device.type == "cpu" and options.out is None:

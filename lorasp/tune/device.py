@@ -1,7 +1,4 @@
-"""The device that `lorasp tune` measures: lora_linear's Triton launchers, checked and timed without autograd.
-
-    forward    y, xa of lora_linear                 ÷ torch.nn.functional.linear(x, weight)
-    backward   dx, dlora_A, dlora_B of lora_linear  ÷ dy @ weight, the frozen nn.Linear's dx
+"""The device that `lorasp tune` measures: the kernels' launchers, checked and timed without autograd.
 
 Runs on a GPU, or under TRITON_INTERPRET=1 on CPU tensors, where times mean nothing.
 """
@@ -10,27 +7,26 @@ import contextlib
 import hashlib
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from triton.errors import TritonError
 
 from lorasp import info
 from lorasp.bench.timing import Clock, interleave, make_clock
-from lorasp.reference import lora_linear as reference
-from lorasp.testing import make_inputs
-from lorasp.testing.rule import bound, error
-from lorasp.triton_kernels import lora_linear as kernels
+from lorasp.testing.rule import error
 from lorasp.triton_kernels import tuning
-from lorasp.triton_kernels.tuning import Plan
-from lorasp.tune.search import DeviceLost, Job, Rejected, describe
+from lorasp.triton_kernels.launch import INTERPRETED, compiling
+from lorasp.tune.operands import dropkey_attention, lora_linear, lora_linear_skinny
+from lorasp.tune.search import Choice, DeviceLost, Job, Rejected
 
-DROPOUT_P = 0.1
-_SCALE = 2.0
-# The reference forms its mask in int64. A row's result does not depend on the rows behind it.
-_CHECKED_ROWS = 8192
+_OPERANDS = {
+    "lora_linear": lora_linear.Operands,
+    "dropkey_attention": dropkey_attention.Operands,
+    "lora_linear_skinny": lora_linear_skinny.Operands,
+}
 
 
 class DeviceBench:
@@ -40,31 +36,39 @@ class DeviceBench:
         self.device = device
         self.target = tuning.target_of_device(device)
         self._clock = clock or make_clock(device)
-        self._operands: _Operands | None = None
+        self._operands = None
 
-    def verify(self, job: Job, plan: Plan) -> None:
-        with self._refusals(f"{describe(plan)} at {job}"):
+    def prepare(self, job: Job, choices: Sequence[Choice]) -> None:
+        if not INTERPRETED:
+            with self._refusals(f"compiling for {job}"):
+                operands = self._operands_of(job)
+                with compiling():
+                    for choice in choices:
+                        operands.call(choice)
+
+    def verify(self, job: Job, choice: Choice) -> None:
+        with self._refusals(f"{choice} at {job}"):
             operands = self._operands_of(job)
             with _poisoned():
-                actual = operands.call(plan)
+                actual = operands.checked(choice)
             expected = operands.expected()
         for name, (want, allowed) in expected.items():
-            have = error(actual[name][: want.shape[0]], want)
+            have = error(operands.compared(actual[name]), want)
             if not have <= allowed:
                 raise AssertionError(f"error {have:.3e} of {name} exceeds {allowed:.3e} at {job}")
 
     def samples(
-        self, job: Job, plans: Sequence[Plan | None], rounds: int | None, seconds: float
+        self, job: Job, choices: Sequence[Choice | None], rounds: int | None, seconds: float
     ) -> list[list[tuple[float, float]]]:
         with self._refusals(f"timing at {job}"):
             operands = self._operands_of(job)
-            functions = [operands.function(plan) for plan in plans]
-            return interleave(operands.frozen, functions, self._clock, rounds, seconds)
+            functions = [operands.base if choice is None else partial(operands.call, choice) for choice in choices]
+            return interleave(operands.base, functions, self._clock, rounds, seconds)
 
-    def _operands_of(self, job: Job) -> "_Operands":
+    def _operands_of(self, job: Job):
         if self._operands is None or self._operands.job != job:
             self._operands = None  # freed before the next ones are made
-            self._operands = _Operands(job, self.device)
+            self._operands = _OPERANDS[job.operator](job, self.device)
         return self._operands
 
     @contextlib.contextmanager
@@ -83,66 +87,6 @@ class DeviceBench:
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-
-class _Operands:
-    """The tensors of one job, drawn on its device; what the reference makes of them is computed once."""
-
-    def __init__(self, job: Job, device: torch.device):
-        self.job = job
-        generator = torch.Generator(device).manual_seed(0)
-        inputs = make_inputs(job.M, job.K, job.N, job.R, job.dtype, device, bias=False, generator=generator)
-        self.x, self.weight, self.lora_A, self.lora_B, self.dy = (
-            inputs[name] for name in ("x", "weight", "lora_A", "lora_B", "dy")
-        )
-        self.xa = torch.randn(job.M, job.R, dtype=job.dtype, device=device, generator=generator)
-        self.seed = torch.tensor(1234, device=device) if job.dropout else None
-        self.dropout_p = DROPOUT_P if job.dropout else 0.0
-        self._expected: dict[str, tuple[Tensor, float]] | None = None
-
-    def frozen(self) -> Tensor:
-        if self.job.direction == "forward":
-            return torch.nn.functional.linear(self.x, self.weight)
-        return torch.mm(self.dy, self.weight)
-
-    def function(self, plan: Plan | None) -> Callable[[], object]:
-        return self.frozen if plan is None else lambda: self.call(plan)
-
-    def call(self, plan: Plan) -> dict[str, Tensor]:
-        if self.job.direction == "forward":
-            results = kernels.forward(
-                self.x, self.weight, None, self.lora_A, self.lora_B, self.seed, _SCALE, self.dropout_p, 0, plan
-            )
-            return dict(zip(("y", "xa"), results, strict=True))
-        results = kernels.backward(
-            self.dy, self.x, self.weight, self.lora_A, self.lora_B, self.xa, self.seed, None, None, _SCALE,
-            self.dropout_p, 0, True, True, True, plan,
-        )  # fmt: skip
-        return dict(zip(("dx", "dlora_A", "dlora_B"), results, strict=True))
-
-    def expected(self) -> dict[str, tuple[Tensor, float]]:
-        """Name -> (the first rows by the fp64 reference, the tolerance rule's bound); sums over more rows left out."""
-        if self._expected is None:
-            want, want64 = self._reference(self.job.dtype), self._reference(torch.float64)
-            self._expected = {
-                name: (want64[name], bound(want[name], want64[name], self.job.dtype))
-                for name in want
-                if want[name].numel()
-            }
-        return self._expected
-
-    def _reference(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        rows = min(self.job.M, _CHECKED_ROWS)
-        x, dy, xa = (tensor[:rows].to(dtype) for tensor in (self.x, self.dy, self.xa))
-        weight, lora_A, lora_B = (tensor.to(dtype) for tensor in (self.weight, self.lora_A, self.lora_B))
-        if self.job.direction == "forward":
-            results = reference.forward(x, weight, None, lora_A, lora_B, self.seed, _SCALE, self.dropout_p, 0)
-            return dict(zip(("y", "xa"), results, strict=True))
-        whole = rows == self.job.M
-        results = reference.backward(
-            dy, x, weight, lora_A, lora_B, xa, self.seed, None, None, _SCALE, self.dropout_p, 0, True, whole, whole
-        )
-        return dict(zip(("dx", "dlora_A", "dlora_B"), results, strict=True))
 
 
 @contextlib.contextmanager
@@ -176,7 +120,7 @@ def driver_version() -> str:
 def kernels_digest() -> str:
     """Names the code that was measured, whatever commit it is in."""
     digest = hashlib.sha256()
-    for file in sorted(Path(kernels.__file__).parent.glob("*.py")):
+    for file in sorted(Path(tuning.__file__).parent.glob("*.py")):
         digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()[:12]
 

@@ -1,57 +1,55 @@
-"""The search behind `lorasp tune`: which plan, on which tiles, serves a call best on one device.
+"""The search behind `lorasp tune`: what serves a call best on one device.
 
-For every job all plans and candidate tiles are checked, then timed briefly; the fastest, every plan on the
-architecture's own tiles, addmm and the frozen nn.Linear then run in interleaved rounds. The result is addmm unless
-another plan is faster by more than the noise, which is how far the frozen nn.Linear's ratios to itself lie apart.
+For every job all candidates are checked, then timed briefly; the fastest, every plan on the architecture's own tiles,
+the safe choice and the base then run in interleaved rounds. The result is the safe choice (addmm, or a kernel's own
+tiles) unless another is faster by more than the noise, which is how far the base's ratios to itself lie apart.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
-import torch
-
 from lorasp.bench.timing import quartiles
-from lorasp.triton_kernels.gemm_candidates import plan_candidates
-from lorasp.triton_kernels.tuning import ONEPASS_MAX_RANK, PLANS, Plan, Target
+from lorasp.triton_kernels.tuning import PLANS, Target
 
 _BRIEF_ROUNDS = 3
-_FINALISTS = 3  # beside addmm and every plan on the architecture's own tiles
+_FINALISTS = 3  # beside the safe choice and every plan on the architecture's own tiles
 
 
-@dataclass(frozen=True)
-class Job:
-    """The calls that one row of a plan table speaks for, by the names of the row."""
+class Choice(Protocol):
+    """Something a job can run with: a Plan, or the Tiles of one kernel."""
 
-    direction: str
-    dtype: torch.dtype
-    dropout: bool
-    N: int
-    K: int
-    R: int
-    M: int
+    name: str
+    own: bool  # on the architecture's own tiles
 
-    @property
-    def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
 
-    def __str__(self) -> str:
-        drop = "dropout" if self.dropout else "no dropout"
-        return f"{self.direction} {self.M}×{self.K}×{self.N} r{self.R} {self.dtype_name}, {drop}"
+class Job(Protocol):
+    """Calls that one row of a table speaks for; jobs/ holds one kind per operator, hashable and with a str()."""
 
-    @property
-    def group(self) -> "Job":
-        """The job of the same layer that stands for its every M."""
-        return replace(self, M=0)
+    section: str  # of the table
+    base: str  # what everything is timed against
+    safe: Choice  # what stays unless something else is faster
+    group: "Job"  # stands for all jobs that are shown together
+    names: Sequence[str]  # of choices, from simple to intricate
+
+    def candidates(self, target: Target, plans: Sequence[str]) -> list[Choice]:
+        """What the search tries, the safe choice first."""
+
+    def row(self, choice: Choice) -> dict:
+        """The table's row where `choice` won."""
+
+    def neighbour(self, choice: Choice) -> "Job":
+        """A small call with tails, whose check stands for calls that the row serves beside the job's own."""
 
 
 class Rejected(Exception):
-    """A plan cannot run here: it does not compile, or asks for more than the device has. The message says why."""
+    """A choice cannot run here: it does not compile, or asks for more than the device has. The message says why."""
 
 
 class DeviceLost(Exception):
-    """A plan took the device's context with it: nothing more can be measured in this process."""
+    """A choice took the device's context with it: nothing more can be measured in this process."""
 
 
 class Bench(Protocol):
@@ -59,13 +57,16 @@ class Bench(Protocol):
 
     target: Target
 
-    def verify(self, job: Job, plan: Plan) -> None:
+    def prepare(self, job: Job, choices: Sequence[Choice]) -> None:
+        """Compile for all of them at once. Raises Rejected where the job's tensors cannot be made."""
+
+    def verify(self, job: Job, choice: Choice) -> None:
         """Run once and compare with the fp64 reference. Raises Rejected, AssertionError for wrong values."""
 
     def samples(
-        self, job: Job, plans: Sequence[Plan | None], rounds: int | None, seconds: float
+        self, job: Job, choices: Sequence[Choice | None], rounds: int | None, seconds: float
     ) -> list[list[tuple[float, float]]]:
-        """Per plan, (seconds, ratio to the frozen nn.Linear) of every interleaved round; None is that nn.Linear.
+        """Per choice, (seconds, ratio to the job's base) of every interleaved round; None is that base.
 
         Raises Rejected where the device refuses what verify let pass.
         """
@@ -73,9 +74,9 @@ class Bench(Protocol):
 
 @dataclass(frozen=True)
 class Timing:
-    """Ratio to the frozen nn.Linear of the same rounds: median and quartiles."""
+    """Ratio to the base of the same rounds: median and quartiles."""
 
-    plan: Plan
+    plan: Choice
     q1: float
     ratio: float
     q3: float
@@ -83,47 +84,26 @@ class Timing:
 
 @dataclass
 class Outcome:
-    """What one job came to: winner is None where not even addmm could run."""
+    """What one job came to: winner is None where not even the safe choice could run."""
 
     job: Job
-    winner: Plan | None = None
+    winner: Choice | None = None
     timings: list[Timing] = field(default_factory=list)
     noise: float = 0.0
-    frozen_ms: float = 0.0
-    rejected: dict[Plan, str] = field(default_factory=dict)
-    wrong: set[Plan] = field(default_factory=set)
+    base_ms: float = 0.0
+    rejected: dict[Choice, str] = field(default_factory=dict)
+    wrong: set[Choice] = field(default_factory=set)
 
     def best(self, name: str) -> Timing | None:
-        """The fastest of the timed candidates of one plan."""
+        """The fastest of the timed candidates of one name."""
         return min((t for t in self.timings if t.plan.name == name), key=lambda t: t.ratio, default=None)
 
 
-def describe(plan: Plan) -> str:
-    """`fused 128×256×64 8 warps 3 stages, tma`, or the name alone on the architecture's own tiles."""
-    g = plan.gemm
-    if g is None:
-        return plan.name
-    flags = "".join(f", {name}" for name in ("tma", "flatten") if getattr(g, name))
-    return f"{plan.name} {g.block_m}×{g.block_c}×{g.block_d} {g.num_warps} warps {g.num_stages} stages{flags}"
+def decide(timings: Sequence[Timing], noise: float, names: Sequence[str]) -> Choice:
+    """The safe choice, unless others are faster by more than the noise: then the simplest within the noise of the best.
 
-
-def candidates(target: Target, job: Job, plans: Sequence[str] = PLANS) -> list[Plan]:
-    """What the search tries for a job, addmm first, limited to the plans named (addmm is always among them)."""
-    found = plan_candidates(target, job.direction, job.dtype, job.dropout, job.M, job.N, job.K, job.R)
-    return [plan for plan in found if plan.name == "addmm" or plan.name in plans]
-
-
-def neighbour(job: Job, plan: Plan) -> Job:
-    """A small call with a tail in every dimension and twice the rank: a row serves calls up to a factor of two away."""
-    most = ONEPASS_MAX_RANK if plan.name == "onepass" else 2 * job.R
-    # Odd multiples of 8: no tile divides them, and tensor descriptors still take them.
-    return replace(job, M=min(203, job.M + 3), N=41 * 8, K=33 * 8, R=min(2 * job.R, most))
-
-
-def decide(timings: Sequence[Timing], noise: float) -> Plan:
-    """addmm, unless others are faster than it by more than the noise: then the simplest within the noise of the best.
-
-    timings: addmm first; noise: relative. fused is simpler than onepass, and the architecture's own tiles than others.
+    timings: the safe one first; noise: relative; names: of choices, from simple to intricate. Simpler is an earlier
+    name, then the architecture's own tiles.
     """
     safe, *others = timings
     faster = [timing for timing in others if timing.ratio * (1 + noise) < safe.ratio]
@@ -131,7 +111,7 @@ def decide(timings: Sequence[Timing], noise: float) -> Plan:
         return safe.plan
     best = min(timing.ratio for timing in faster)
     equal = [timing for timing in faster if timing.ratio <= best * (1 + noise)]
-    return min(equal, key=lambda t: (PLANS.index(t.plan.name), t.plan.gemm is not None, t.ratio)).plan
+    return min(equal, key=lambda t: (names.index(t.plan.name), not t.plan.own, t.ratio)).plan
 
 
 def run(
@@ -149,17 +129,21 @@ def run(
     seconds: for the last, interleaved rounds of one job. Raises DeviceLost where a plan crashes the device.
     """
     end = now() + budget
-    tried: dict[tuple[Job, Plan], str | None] = {}
+    tried: dict[tuple[Job, Choice], str | None] = {}
     for job in jobs:
         outcome = Outcome(job)
-        right = []
-        for plan in candidates(bench.target, job, plans):
+        right, options = [], job.candidates(bench.target, plans)
+        if now() < end:
+            progress(f"{job}: compiling {len(options)} candidates")
+            with contextlib.suppress(Rejected):  # verify says it of the candidate that it befalls
+                bench.prepare(job, options)
+        for plan in options:
             if now() >= end:
                 return
-            progress(f"{job}: checking {describe(plan)}")
+            progress(f"{job}: checking {plan}")
             if _passes(bench, job, plan, outcome):
                 right.append(plan)
-            elif plan.name == "addmm":
+            elif plan == job.safe:
                 break
         try:
             if right and not _measure(job, bench, right, outcome, tried, seconds, lambda: now() >= end, progress):
@@ -175,41 +159,41 @@ def _measure(job, bench, right, outcome, tried, seconds, over, progress) -> bool
     for plan in finalists[1:]:
         if over():
             return False
-        near = neighbour(job, plan)
+        near = job.neighbour(plan)
         if (near, plan) not in tried:
-            progress(f"{job}: checking {describe(plan)} on {near}")
+            progress(f"{job}: checking {plan} on {near}")
             _passes(bench, near, plan, outcome)
             tried[near, plan] = outcome.rejected.get(plan)
         elif tried[near, plan] is not None:
             outcome.rejected[plan] = tried[near, plan]
     finalists = [plan for plan in finalists if plan not in outcome.rejected]
-    progress(f"{job}: timing {len(finalists)} plans")
+    progress(f"{job}: timing {len(finalists)} finalists")
     base, *samples = bench.samples(job, [None, *finalists], None, seconds)
     q1, _, q3 = quartiles([ratio for _, ratio in base])
     outcome.noise = q3 - q1
-    outcome.frozen_ms = quartiles([1e3 * took for took, _ in base])[1]
+    outcome.base_ms = quartiles([1e3 * took for took, _ in base])[1]
     outcome.timings = [
         Timing(plan, *quartiles([ratio for _, ratio in sample]))
         for plan, sample in zip(finalists, samples, strict=True)
     ]
-    outcome.winner = decide(outcome.timings, outcome.noise)
+    outcome.winner = decide(outcome.timings, outcome.noise, job.names)
     return True
 
 
-def _shortlist(job: Job, bench: Bench, right: list[Plan], progress: Callable[[str], None]) -> list[Plan]:
-    """addmm, plans on the architecture's own tiles, and the fastest of the others in a few rounds; in their order."""
-    tuned = [plan for plan in right if plan.gemm is not None]
+def _shortlist(job: Job, bench: Bench, right: list[Choice], progress: Callable[[str], None]) -> list[Choice]:
+    """What runs on the architecture's own tiles, and the fastest of the others in a few rounds; in their order."""
+    tuned = [plan for plan in right if not plan.own]
     if len(tuned) > _FINALISTS:
         progress(f"{job}: timing {len(tuned)} candidates briefly")
         samples = bench.samples(job, tuned, _BRIEF_ROUNDS, 0.0)
         medians = [quartiles([ratio for _, ratio in sample])[1] for sample in samples]
         fastest = sorted(range(len(tuned)), key=medians.__getitem__)[:_FINALISTS]
         tuned = [tuned[i] for i in fastest]
-    return [plan for plan in right if plan.gemm is None or plan in tuned]
+    return [plan for plan in right if plan.own or plan in tuned]
 
 
-def _passes(bench: Bench, job: Job, plan: Plan, outcome: Outcome) -> bool:
-    """Whether a plan runs and is right; where not, the outcome says why."""
+def _passes(bench: Bench, job: Job, plan: Choice, outcome: Outcome) -> bool:
+    """Whether a choice runs and is right; where not, the outcome says why."""
     try:
         bench.verify(job, plan)
     except Rejected as reason:

@@ -2,38 +2,49 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from lorasp.triton_kernels import tuning
-from lorasp.triton_kernels.tuning import GemmConfig, Plan
-from lorasp.tune.search import Job
+from lorasp.triton_kernels.plan_table import ROW_KEY, TILE_SECTIONS, read_table, table_file
+from lorasp.tune.search import Choice, Job
 
 # Rows measured earlier are kept as they are while these stay the same; a commit may change without the kernels.
 COMPARED = ("device", "driver", "cuda", "torch", "triton", "kernels")
 _SEPARATOR = "; "
+_KEYS = {"rows": ROW_KEY} | {name: tuple(section.key) for name, section in TILE_SECTIONS.items()}
+# Rows stand in this order of their values, not in that of the alphabet.
+_RANKED = ("forward", "backward", "dq", "dkv", "project", "outer", "project_outer", "accumulate")
 
 
 class PlanFile:
     """The table of one device: read if it is there, merged with new rows, written whole beside the file and renamed.
 
-    provenance: of this run. Raises ValueError, which names the file, for one that tuning.read_table does not take, or
-    one of another device.
+    provenance: of this run; fresh: the sections whose rows are dropped. Raises ValueError, which names the file, for
+    one that read_table does not take, or one of another device, unless fresh: a new one then takes its place.
     """
 
-    def __init__(self, folder: Path, device: str, provenance: dict[str, str], *, fresh: bool = False):
-        self.path = folder / tuning.table_file(device)
+    def __init__(self, folder: Path, device: str, provenance: dict[str, str], *, fresh: Collection[str] = ()):
+        self.path = folder / table_file(device)
         self.device, self.provenance = device, provenance
         self._old_provenance: dict[str, str] = {}
         self._old: dict[tuple, dict] = {}
         self._new: dict[tuple, dict] = {}
         self.default = dict.fromkeys(("forward", "backward"), "addmm")
-        if self.path.exists() and not fresh:
-            table = tuning.read_table(self.path)
+        if not self.path.exists():
+            return
+        try:
+            table = read_table(self.path)
             if table["device"] != device:
                 raise ValueError(f"{self.path.name}: device must be {device!r}, got {table['device']!r}")
-            self._old_provenance, self.default = table["provenance"], table["default"]
-            self._old = {_key(row): row for row in table["rows"]}
+        except ValueError:
+            if fresh:
+                return
+            raise
+        self.default = table["default"]
+        self._old = {_key(name, row): row for name in _KEYS if name not in fresh for row in table.get(name, ())}
+        if self._old or not fresh:
+            self._old_provenance = table["provenance"]
 
     @property
     def comparable(self) -> bool:
@@ -46,25 +57,27 @@ class PlanFile:
     def pending(self, jobs: Iterable[Job]) -> list[Job]:
         """The jobs whose rows are missing, or were measured with other versions."""
         done = self._old if self.comparable else {}
-        return [job for job in jobs if _key(_row(job, Plan("addmm"))) not in done]
+        return [job for job in jobs if _key(job.section, job.row(job.safe)) not in done]
 
-    def add(self, job: Job, plan: Plan) -> None:
+    def add(self, job: Job, choice: Choice) -> None:
         """The winner of a job, in the file at once."""
-        row = _row(job, plan)
-        self._new[_key(row)] = row
+        row = job.row(choice)
+        self._new[_key(job.section, row)] = row
         self._write()
 
     def _write(self) -> None:
-        rows = sorted((self._old | self._new).values(), key=_order)
+        rows = self._old | self._new
         head = {
             "device": self.device, "measured": True, "provenance": self._merged_provenance(), "default": self.default,
         }  # fmt: skip
         text = json.dumps(head, indent=2, ensure_ascii=False).removesuffix("\n}")
-        lines = ",\n".join(f"    {json.dumps(row)}" for row in rows)
-        _replace(self.path, f'{text},\n  "rows": [\n{lines}\n  ]\n}}\n')
-        # What is written is what this process chooses by from here on.
-        tuning.load_table.cache_clear()
-        tuning.select_plan.cache_clear()
+        for section in _KEYS:
+            keys = sorted((key for key in rows if key[0] == section), key=_order)
+            lines = ",\n".join(f"    {json.dumps(rows[key])}" for key in keys)
+            if keys or section == "rows":
+                text += f',\n  "{section}": [\n{lines}\n  ]' if keys else f',\n  "{section}": []'
+        _replace(self.path, f"{text}\n}}\n")
+        tuning.forget_tables()  # what is written is what this process chooses by from here on
 
     def _merged_provenance(self) -> dict[str, str]:
         """This run's; where rows of earlier runs remain, every value that holds for any of the rows."""
@@ -78,27 +91,12 @@ class PlanFile:
         return merged
 
 
-def _row(job: Job, plan: Plan) -> dict:
-    row = {
-        "direction": job.direction, "dtype": job.dtype_name, "dropout": job.dropout, "N": job.N, "K": job.K, "R": job.R,
-        "M": job.M, "plan": plan.name,
-    }  # fmt: skip
-    return row if plan.gemm is None else row | {"gemm": _changed_fields(plan.gemm)}
+def _key(section: str, row: dict) -> tuple:
+    return (section, *(row[name] for name in _KEYS[section]))
 
 
-def _changed_fields(gemm: GemmConfig) -> dict:
-    """Without the fields that are at their defaults."""
-    least = vars(GemmConfig(gemm.block_m, gemm.block_c, gemm.block_d, gemm.num_warps, gemm.num_stages))
-    required = ("block_m", "block_c", "block_d", "num_warps", "num_stages")
-    return {name: value for name, value in vars(gemm).items() if name in required or value != least[name]}
-
-
-def _key(row: dict) -> tuple:
-    return tuple(row[name] for name in tuning.ROW_KEY)
-
-
-def _order(row: dict) -> tuple:
-    return (("forward", "backward").index(row["direction"]), *_key(row)[1:])
+def _order(key: tuple) -> tuple:
+    return tuple(_RANKED.index(value) if value in _RANKED else value for value in key)
 
 
 def _replace(path: Path, text: str) -> None:

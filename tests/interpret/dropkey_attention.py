@@ -41,6 +41,7 @@ CASES = (
     replace(WIDE, dropout_p=0.3, pattern="element", is_causal=True),
     replace(WIDE, dropout_p=0.5, mask="min", is_causal=True),
     replace(WIDE, mask="bias", dtype=F16, needs="v"),
+    replace(SMALL, dropout_p=0.1, scale=-1.0, dtype=F16),  # the largest logit is that of the smallest product
     replace(WIDE, dropout_p=0.5, pattern="span", is_causal=True, needs="q"),
     replace(ROW, dropout_p=0.1, mask="padding"),
     replace(ROW, dropout_p=0.1, pattern="span", dtype=F16),

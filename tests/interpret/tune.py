@@ -5,11 +5,13 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from lorasp import cli
-from lorasp.triton_kernels import launch, tuning
+from lorasp.triton_kernels import launch
 from lorasp.triton_kernels import lora_linear as kernels
+from lorasp.triton_kernels.plan_table import read_table
 from lorasp.triton_kernels.tuning import Plan
-from lorasp.tune import DeviceLost, Job, Rejected, candidates
+from lorasp.tune import DeviceLost, Rejected
 from lorasp.tune.device import DeviceBench
+from lorasp.tune.jobs.lora_linear import Job
 
 CPU = torch.device("cpu")
 JOB = Job("forward", torch.float16, True, N=24, K=40, R=4, M=5)
@@ -20,7 +22,7 @@ FUSED = Plan("fused")
 def test_command(tmp_path, capsys):
     arguments = ["tune", "--shapes", "16,16", "--ranks", "4", "--tokens", "2", "--dtypes", "fp16", "--dropout", "off"]
     assert cli.main([*arguments, "--plans", "fused", "--seconds", "0.01", "--out", str(tmp_path)]) == 0
-    table = tuning.read_table(tmp_path / "interpreter.json")
+    table = read_table(tmp_path / "interpreter.json")
     assert [row["direction"] for row in table["rows"]] == ["forward", "backward"]
     assert table["device"] == table["provenance"]["device"] == "interpreter"
     assert table["provenance"]["command"].startswith("lorasp tune --shapes 16,16")
@@ -45,7 +47,7 @@ def test_the_interpreter_has_limits(arguments, message, capsys):
 @pytest.mark.parametrize("job", JOBS, ids=str)
 def test_every_candidate_is_right(job):
     bench = DeviceBench(CPU)
-    found = candidates(bench.target, job)
+    found = job.candidates(bench.target)
     assert len(found) >= 4
     for plan in found:
         bench.verify(job, plan)
