@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 
 from . import tuning
-from .launch import check_operand, device_of, launch, precision_of, target_of
-from .lora_linear import as_stored, descriptor, gemm, onepass, suits_tma
-from .lora_linear_group_gemm import _lora_linear_group_gemm_kernel, _lora_linear_group_gemm_tma_kernel
-from .lora_linear_group_skinny import (
-    _lora_linear_columns_outer_kernel,
-    _lora_linear_group_accumulate_kernel,
-    _lora_linear_group_project_kernel,
+from .launch import check_operand, device_of, target_of
+from .lora_linear import gemm, onepass
+from .lora_linear_group_products import (
+    MOST_MEMBERS,
+    add_low_rank,
+    columns_outer,
+    group_gemm,
+    group_project,
+    positions,
 )
 from .lora_linear_products import (
     NO_DROPOUT,
@@ -33,15 +35,10 @@ from .lora_linear_products import (
     outer,
     project,
     project_outer,
-    reduce,
-    split_sum,
-    wide_rows,
     with_unit_stride,
 )
-from .tuning import ceil_div
 
 _OPERATOR = "lora_linear_group"
-_MOST_MEMBERS = 3  # of one launch
 
 
 def forward(
@@ -83,10 +80,10 @@ def forward(
         shared = [i for i, chosen in enumerate(plans) if chosen.name != "onepass"]
         if keep_columns and not shared:
             torch.index_select(x, 1, columns, out=x_columns)
-        for first in range(0, len(shared), _MOST_MEMBERS):
-            some = shared[first : first + _MOST_MEMBERS]
+        for first in range(0, len(shared), MOST_MEMBERS):
+            some = shared[first : first + MOST_MEMBERS]
             selection = (columns, x_columns) if keep_columns and first == 0 else None
-            together = _group_project(
+            together = group_project(
                 x, [As[i] for i in some], [scales[i] for i in some], [dropouts[i] for i in some], selection, target
             )
             for i, xa in zip(some, together, strict=True):
@@ -184,71 +181,13 @@ def _effective(lora, frozen, dim, index, entries, shape, dtype) -> Tensor:
     return whole
 
 
-def _positions(index: Tensor, size: int) -> Tensor:
-    """int32 (size,): where each of 0 … size − 1 stands in `index`, −1 where it does not."""
-    positions = torch.full((size,), -1, dtype=torch.int32, device=index.device)
-    return positions.index_copy_(0, index, torch.arange(index.shape[0], dtype=torch.int32, device=index.device))
-
-
-def _by_member(**fields) -> dict:
-    """Kernel arguments of members 0 … 2 from (values, what stands for an absent one) under member 0's argument name."""
-    return {
-        name.replace("0", str(i)): values[i] if i < len(values) else absent
-        for name, (values, absent) in fields.items()
-        for i in range(_MOST_MEMBERS)
-    }
-
-
-def _masking(dropouts: list[Dropout], columns: int) -> dict:
-    arguments = dropouts[0].arguments(columns)
-    del arguments["member"]
-    return arguments | _by_member(member0=([dropout.word for dropout in dropouts], 0))
-
-
-def _group_project(x, As, scales, dropouts, selection, target) -> list[Tensor]:
-    """[xa_i (M, R_i)] of up to three members; selection: None or (J, x_columns), where x_columns receives x[:, J]."""
-    scales = [scale * dropouts[0].rescale for scale in scales]
-    if len(As) == 1 and selection is None:
-        return [project(x, As[0], scales[0], dropouts[0], target, rank_first=True)]
-    (M, K), ranks = x.shape, [A.shape[0] for A in As]
-    config = tuning.group_config(
-        target,
-        x.dtype,
-        M,
-        ranks,
-        aligned=wide_rows(x.stride()),
-        gather=selection is not None,
-        dropout=dropouts[0].active,
-    )
-    tiles = ceil_div(M, config.block_m), ceil_div(max(ranks), config.block_r)
-    size = sum(ranks)
-    parts, split_k = split_sum(target, tiles[0] * tiles[1], K, config.block_c, M * K * x.element_size(), M * size)
-    xas = [x.new_empty((M, R)) for R in ranks]
-    partials = xas if parts == 1 else [x.new_empty((parts, M, R), dtype=torch.float32) for R in ranks]
-    columns, x_columns = selection or (None, None)
-    arguments = {
-        "x_ptr": x, "columns_ptr": x_columns, "position_ptr": None if columns is None else _positions(columns, K),
-        "M": M, "K": K, "features": 0 if columns is None else columns.shape[0], "split_k": split_k,
-        "stride_xm": x.stride(0), "GATHER": columns is not None, "PRECISION": precision_of(x),
-        "BLOCK_M": config.block_m, "BLOCK_K": config.block_c, "BLOCK_R": config.block_r,
-    } | _by_member(
-        a0_ptr=(As, None), xa0_ptr=(partials, None), scale0=(scales, 0.0), R0=(ranks, 0)
-    ) | _masking(dropouts, K)  # fmt: skip
-    grid = (tiles[0], parts, tiles[1])
-    launch(_lora_linear_group_project_kernel, grid, arguments, config.num_warps, config.num_stages)
-    if parts > 1:
-        for partial, xa in zip(partials, xas, strict=True):
-            reduce(partial, xa, None)
-    return xas
-
-
 def _down(dy, B, lora_B, rows, entries, xa, mask, scale, need_g, need_dB, target) -> tuple[Tensor | None, ...]:
     """(g (M, R) or None, dB in lora_B's shape and dtype or None) of one member."""
     (M, N), R = dy.shape, B.shape[1]
     g = dB = None
     if need_g and need_dB and in_one_pass(target, dy.dtype, M, N, R, dy.stride()):
-        positions, features = (None, N) if rows is None else (_positions(rows, N), rows.shape[0])
-        g, dB = project_outer(dy, B, xa, scale, mask, lora_B.dtype, target, positions, features)
+        places, features = (None, N) if rows is None else (positions(rows, N), rows.shape[0])
+        g, dB = project_outer(dy, B, xa, scale, mask, lora_B.dtype, target, places, features)
     else:
         if need_g:
             g = project(dy, B, scale, NO_DROPOUT, target, rank_first=False)
@@ -282,7 +221,7 @@ def _dA(source, gs, lora_As, columns, entries_A, masks, dropouts, needed, sizes,
         for i in wanted:
             dtype, dropout = lora_As[i].dtype, dropouts[i]
             if columns is not None and dropout.active:
-                dAs[i] = _columns_outer(source.contiguous(), gs[i], columns, K, dtype, dropout, target)
+                dAs[i] = columns_outer(source.contiguous(), gs[i], columns, K, dtype, dropout, target)
             else:
                 dAs[i] = outer(source, gs[i], dtype, masks[i], dropout, target, rank_first=True)
     for i, R in zip(wanted, ranks, strict=True):
@@ -293,102 +232,27 @@ def _dA(source, gs, lora_As, columns, entries_A, masks, dropouts, needed, sizes,
     return dAs
 
 
-def _columns_outer(p, g, columns, K, dtype, dropout, target) -> Tensor:
-    """gᵀ (keep[:, J]∘p) (R, |J|) in `dtype` for p (M, |J|) = x[:, J], both contiguous; keep is (M, K)."""
-    (M, C), R = p.shape, g.shape[1]
-    config = tuning.columns_config(target, p.dtype, M, R, aligned=wide_rows(p.stride()))
-    tiles = ceil_div(C, config.block_c), ceil_div(R, config.block_r)
-    parts, split_m = split_sum(target, tiles[0] * tiles[1], M, config.block_m, M * C * p.element_size(), C * R)
-    out = p.new_empty((R, C), dtype=dtype)
-    partials = out if parts == 1 else p.new_empty((parts, R, C), dtype=torch.float32)
-    arguments = {
-        "p_ptr": p, "h_ptr": g, "out_ptr": partials, "index_ptr": columns, "seed_ptr": dropout.seed, "M": M, "C": C,
-        "K": K, "split_m": split_m, "threshold": dropout.threshold, "member": dropout.word, "R": R,
-        "PRECISION": precision_of(p), "BLOCK_M": config.block_m, "BLOCK_C": config.block_c, "BLOCK_R": config.block_r,
-    }  # fmt: skip
-    grid = (tiles[0], parts, tiles[1])
-    launch(_lora_linear_columns_outer_kernel, grid, arguments, config.num_warps, config.num_stages)
-    return out if parts == 1 else reduce(partials, out, None)
-
-
 def _dx(dys, weights, gs, As, dropouts, chosen, target) -> Tensor:
     """Σ_i keep_i∘(g_i A_i) + dy_i W_i (M, K)."""
     if chosen.name == "addmm":
         dx = torch.mm(dys[0], weights[0])
         for dy, weight in zip(dys[1:], weights[1:], strict=True):
             dx.addmm_(dy, weight)
-        _add_low_rank(dx, gs, As, dropouts, True, target)
+        add_low_rank(dx, gs, As, dropouts, True, target)
         return dx
     if len(dys) == 1:
         return gemm(dys[0], weights[0], None, gs[0], As[0], dropouts[0], chosen.gemm, target, rank_first=True)
     dx = dys[0].new_empty((dys[0].shape[0], As[0].shape[1]))
     masked = dropouts[0].active
     if masked:
-        _add_low_rank(dx, gs, As, dropouts, False, target)
+        add_low_rank(dx, gs, As, dropouts, False, target)
         gs, As = [None] * len(gs), [None] * len(As)
     first = 0
     while first < len(dys):
-        stop = first + _MOST_MEMBERS
+        stop = first + MOST_MEMBERS
         while any(weight.stride() != weights[first].stride() for weight in weights[first:stop]):
             stop -= 1
         some = slice(first, stop)
-        _group_gemm(dx, dys[some], weights[some], gs[some], As[some], masked or first > 0, target)
+        group_gemm(dx, dys[some], weights[some], gs[some], As[some], masked or first > 0, target)
         first = stop
     return dx
-
-
-def _add_low_rank(out, gs, As, dropouts, has_old, target) -> None:
-    """out (M, K) = Σ_i keep_i∘(g_i A_i), added to what `out` holds if has_old."""
-    if len(gs) == 1 and has_old:
-        accumulate(out, gs[0], As[0], dropouts[0], target, rank_first=True)
-        return
-    (M, C) = out.shape
-    for first in range(0, len(gs), _MOST_MEMBERS):
-        some = slice(first, first + _MOST_MEMBERS)
-        ranks = [A.shape[0] for A in As[some]]
-        config = tuning.accumulate_config(
-            target, out.dtype, M, max(ranks), aligned=wide_rows(out.stride()), members=len(gs)
-        )
-        arguments = {
-            "out_ptr": out, "M": M, "C": C, "HAS_OLD": has_old or first > 0, "PRECISION": precision_of(out),
-            "BLOCK_M": config.block_m, "BLOCK_C": config.block_c, "BLOCK_R": config.block_r,
-        } | _by_member(
-            h0_ptr=(gs[some], None), q0_ptr=(As[some], None), R0=(ranks, 0)
-        ) | _masking(dropouts[some], C)  # fmt: skip
-        grid = (ceil_div(M, config.block_m) * ceil_div(C, config.block_c),)
-        launch(_lora_linear_group_accumulate_kernel, grid, arguments, config.num_warps, config.num_stages)
-
-
-def _group_gemm(out, dys, weights, gs, As, has_old, target) -> None:
-    """out (M, K) = Σ_i g_i A_i + dy_i W_i, added to what `out` holds if has_old; None in gs stands for zero.
-
-    Up to three members, whose weights share their strides.
-    """
-    (M, C), ranks = out.shape, [0 if A is None else A.shape[0] for A in As]
-    depths, strides = zip(*((dy.shape[1], dy.stride(0)) for dy in dys), strict=True)
-    tma = all(map(suits_tma, (*dys, *weights, out)))
-    aligned = all(wide_rows(matrix.stride()) for matrix in (*dys, *(as_stored(weight)[0] for weight in weights)))
-    # What the accumulator starts with takes registers as a mask does.
-    config = tuning.gemm_config(target, out.dtype, M, tma=tma, aligned=aligned, dropout=has_old)
-    arguments = {
-        "out_ptr": out, "M": M, "C": C, "HAS_OLD": has_old, "BLOCK_M": config.block_m, "BLOCK_C": config.block_c,
-        "BLOCK_D": config.block_d, "BLOCK_R": tuning.pad_rank(max(*ranks, 1), 16 if out.dtype.itemsize == 4 else 32),
-        "GROUP_M": config.group_m,
-    } | _by_member(h0_ptr=(gs, None), q0_ptr=(As, None), D0=(depths, 0), R0=(ranks, 0))  # fmt: skip
-    tiles = ceil_div(M, config.block_m) * ceil_div(C, config.block_c)
-    if config.tma:
-        arguments |= _by_member(
-            p0_desc=([descriptor(dy, config.block_m, config.block_d) for dy in dys], None),
-            v0_desc=([descriptor(weight, config.block_d, config.block_c) for weight in weights], None),
-        ) | {
-            "out_desc": descriptor(out, config.block_m, config.block_c // config.subtiles),
-            "SUBTILES": config.subtiles,
-        }  # fmt: skip
-        kernel, grid = _lora_linear_group_gemm_tma_kernel, (min(tiles, target.sm_count),)
-    else:
-        arguments |= _by_member(p0_ptr=(dys, None), v0_ptr=(weights, None), stride_pm0=(strides, 0)) | {
-            "stride_vd": weights[0].stride(0), "stride_vc": weights[0].stride(1),
-            "EVEN_D": all(depth % config.block_d == 0 for depth in depths), "PRECISION": precision_of(out),
-        }  # fmt: skip
-        kernel, grid = _lora_linear_group_gemm_kernel, (tiles,)
-    launch(kernel, grid, arguments, config.num_warps, config.num_stages)
