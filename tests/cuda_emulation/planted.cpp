@@ -12,8 +12,9 @@ extern "C" const char* planted_project(const bf16* p, const bf16* q, bf16* h, in
     provide(q, R * C * 2, false);
     provide(h, M * R * 2, true);
     ProjectArgs<bf16> args{};
-    args.p = {p, M, C, C, true}, args.q = {q, R, C, C, true}, args.rank_first = true, args.R = R, args.h = h;
-    args.part = ceil_div(C, kBlockC) * kBlockC, args.scale = 1.0f;
+    args.p = {p, M, C, C, true}, args.count = 1, args.rank_first = true;
+    args.members[0] = {{q, R, C, C, true}, R, 1.0f, 0, h, R, nullptr};
+    args.part = ceil_div(C, kBlockC) * kBlockC, args.selected = C;
     launch(lora_linear_project_kernel<bf16, 16, false>, {ceil_div(M, Tiles::kBlockM)}, kThreads, Tiles::kSharedBytes,
            nullptr, args);
   });
