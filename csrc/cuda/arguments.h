@@ -31,8 +31,8 @@ using OptionalTensor = std::optional<Tensor>;
 
 namespace lorasp::cuda {
 
-// No graph is recorded inside, whatever the caller's mode. The frozen product is not dispatched, so that autocast leaves
-// it alone too.
+// No graph is recorded inside, whatever the caller's mode. The frozen product is not dispatched, so that autocast
+// leaves it alone too.
 class NoGrad {
  public:
   NoGrad() : before_(aoti_torch_grad_mode_is_enabled()) { aoti_torch_grad_mode_set_enabled(false); }

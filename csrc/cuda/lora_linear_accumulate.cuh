@@ -1,15 +1,15 @@
-// out (M, C) = sum of keep o (h q) + bias, or that added to out in place, for h (M, R): the low-rank share of y, xa B^T +
-// bias (q = B^T, B lies rank last), and of dx, D o (g A) (q = A, which lies rank first; D's factor is in g). Written
+// out (M, C) = sum of keep o (h q) + bias, or that added to out in place, for h (M, R): the low-rank share of y, xa B^T
+// + bias (q = B^T, B lies rank last), and of dx, D o (g A) (q = A, which lies rank first; D's factor is in g). Written
 // before the frozen product, which cuBLAS then adds; added in place where somebody else made the product (lora_update).
 // A group's share of dx: without dropout its g lie side by side and its A one under another, one h and one q; with it
 // each member's product is masked on its own. The sum is rounded once.
 //
-// One block per tile of (kBlockM, kBlockC). The product goes through shared memory, so that out is written, and read, 16
-// bytes at a time.
+// One block per tile of (kBlockM, kBlockC). The product goes through shared memory, so that out is written, and read,
+// 16 bytes at a time.
 //
-// Floor: writes M C elements, in place reads them too, reads M R and R C per tile (from L2). FLOPs 2 M C R. At M = 8192,
-// C = 4096, R = 16 in bf16 on 4.3 TB/s beside a 348 us frozen GEMM [calc]: 67 MB, 15.6 us, 4.5 %; in place 134 MB, 31
-// us, 9 %. Three members with a mask each: 67 MB, where three launches, two of them in place, move 335.
+// Floor: writes M C elements, in place reads them too, reads M R and R C per tile (from L2). FLOPs 2 M C R. At M =
+// 8192, C = 4096, R = 16 in bf16 on 4.3 TB/s beside a 348 us frozen GEMM [calc]: 67 MB, 15.6 us, 4.5 %; in place 134
+// MB, 31 us, 9 %. Three members with a mask each: 67 MB, where three launches, two of them in place, move 335.
 #pragma once
 #include "tile.cuh"
 

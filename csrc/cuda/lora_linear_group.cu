@@ -41,8 +41,7 @@ void check_member(const char* name, size_t i, const Tensor& t, std::initializer_
 void check_plan(const std::string& plan, const OptionalTensors& packed) {
   STD_TORCH_CHECK(plan == "auto" || plan == "addmm", kGroupOp, ": plan must be auto or addmm for backend cuda, got ",
                   plan);
-  for (const OptionalTensor& p : packed)
-    STD_TORCH_CHECK(!p, kGroupOp, ": packed must be None for backend cuda");
+  for (const OptionalTensor& p : packed) STD_TORCH_CHECK(!p, kGroupOp, ": packed must be None for backend cuda");
 }
 
 Tensor checked_index(const std::string& name, const Tensor& index) {
@@ -80,9 +79,7 @@ class Factors {
       if (stacked && adapters.size() > 1) stack = empty(a_.lora_As[0], {total, K_}, compute_);
       for (size_t i = 0; i < adapters.size() && need_A; ++i) {
         Adapter& m = adapters[i];
-        const Trains trains = entries_A[i]    ? Trains::kEntries
-                              : partial_A(i) ? Trains::kColumns
-                                             : Trains::kWhole;
+        const Trains trains = entries_A[i] ? Trains::kEntries : partial_A(i) ? Trains::kColumns : Trains::kWhole;
         if (stack) {
           m.A = torch::stable::narrow(*stack, 0, before, m.R);
           before += m.R;
@@ -92,8 +89,8 @@ class Factors {
         } else {
           m.A = empty(a_.lora_As[i], {m.R, K_}, compute_);
         }
-        parts.push_back(part<T>(trains, a_.lora_As[i], a_.frozen_As[i], entries_A[i] ? entries_A[i] : columns.index,
-                                m.A));
+        parts.push_back(
+            part<T>(trains, a_.lora_As[i], a_.frozen_As[i], entries_A[i] ? entries_A[i] : columns.index, m.A));
       }
       for (size_t i = 0; i < adapters.size() && need_B; ++i) {
         Adapter& m = adapters[i];
@@ -164,8 +161,13 @@ class Factors {
       return Stored{held_.back().data_ptr(), t.scalar_type() == ScalarType::Float};
     };
     const bool whole = trains == Trains::kWhole;
-    return {trains, stored(lora), !whole && frozen ? stored(*frozen) : Stored{nullptr, false},
-            whole ? nullptr : data<const int64_t>(index), whole ? 0 : index->size(0), out.size(0), out.size(1),
+    return {trains,
+            stored(lora),
+            !whole && frozen ? stored(*frozen) : Stored{nullptr, false},
+            whole ? nullptr : data<const int64_t>(index),
+            whole ? 0 : index->size(0),
+            out.size(0),
+            out.size(1),
             static_cast<T*>(out.data_ptr())};
   }
 };

@@ -124,7 +124,7 @@ template <class T>
 ReduceSlice<T> projected(const Projection<T>& projection, const float* parts, int64_t M, int64_t total) {
   const bool whole = projection.R == total && projection.h_stride == total;
   ReduceSlice<T> slice{};
-  slice.parts = parts, slice.part_stride = M * total, slice.row_stride = total;
+  slice.parts = parts, slice.part_stride = M * total, slice.rows = M, slice.row_stride = total;
   slice.size = M * projection.R, slice.cols = whole ? slice.size : projection.R;
   slice.scale = projection.scale, slice.out = projection.h, slice.out_stride = projection.h_stride;
   return slice;
@@ -137,8 +137,9 @@ ReduceSlice<T> summed(const Gradient& gradient, const float* parts, int64_t part
   ReduceSlice<T> slice{};
   slice.parts = parts, slice.part_stride = part_stride, slice.scale = 1.0f, slice.mask = gradient.mask;
   slice.out = static_cast<T*>(gradient.out);
-  slice.size = slice.cols = rows * cols;
+  slice.size = slice.cols = rows * cols, slice.rows = rows;
   if (gradient.entries) {
+    slice.rows = rows * cols;
     slice.index = gradient.entries, slice.size = gradient.entry_count, slice.cols = slice.row_stride = 1;
   } else if (gradient.position) {
     (rank_first ? slice.col_map : slice.row_map) = gradient.position;
@@ -321,6 +322,5 @@ void make_factors(const Device& device, const std::vector<FactorPart<T>>& parts)
     launch(lora_linear_factor_kernel<T>, {blocks, n}, kThreads, 0, device.stream, args);
   });
 }
-
 
 }  // namespace lorasp::cuda

@@ -7,7 +7,7 @@
 #pragma once
 #include <vector>
 
-#include "lora_linear_partial.cuh"
+#include "tile.cuh"
 
 namespace lorasp::cuda {
 
@@ -61,6 +61,33 @@ struct Expansion {
   Matrix<const T> h;  // (M, R)
   Matrix<const T> q;  // (R, C) where rank_first, else (C, R)
   uint32_t word;
+};
+
+// position[i]: the place of i in the index, or -1.
+struct PositionArgs {
+  const int64_t* index;  // (count,)
+  int64_t count, size;
+  int* position;  // (size,)
+};
+
+// Which part of a factor trains: all of it, columns of an A, rows of a B, or flat entries.
+enum class Trains { kWhole, kColumns, kRows, kEntries };
+
+// A tensor in the compute dtype or in fp32; data may be nullptr.
+struct Stored {
+  const void* data;
+  bool fp32;
+};
+
+template <class T>
+struct FactorPart {
+  Trains trains;
+  Stored lora;           // contiguous: (rows, cols), (rows, count), (count, cols) or (count,)
+  Stored frozen;         // (rows, cols), contiguous, or nullptr: zeros
+  const int64_t* index;  // (count,); nullptr where kWhole
+  int64_t count;
+  int64_t rows, cols;
+  T* out;  // (rows, cols)
 };
 
 // Floats of workspace. R: of each member.

@@ -1,7 +1,7 @@
 // (keep o p)^T h for p (M, C) and h (M, R): dA (R, C), rank first, from x and g; dB (C, R) from dy and xa. A group's dA
-// come from one pass over x: without dropout its g lie side by side and are one h; with it each member has its own mask,
-// and the members' blocks of one tile of x lie side by side in the grid, so that the cache serves all but the first.
-// LoRA-SP: p may be x[:, J], whose mask is J's columns of x's; of dB only selected rows may be wanted.
+// come from one pass over x: without dropout its g lie side by side and are one h; with it each member has its own
+// mask, and the members' blocks of one tile of x lie side by side in the grid, so that the cache serves all but the
+// first. LoRA-SP: p may be x[:, J], whose mask is J's columns of x's; of dB only selected rows may be wanted.
 //
 // Block (i * members + member, s, j) sums rows s * part ... of columns i * kBlockC ... for rank block j into fp32
 // partials (parts, R, C) or (parts, C, R), which lora_linear_reduce_kernel adds in order, masks and rounds.
@@ -28,13 +28,13 @@ struct OuterArgs {
   int count;          // members
   OuterMember<T> members[kMembers];
   bool rank_first;
-  int64_t part;             // rows, a multiple of the tile's
-  KeepMask keep;            // threshold 0: no dropout
-  const int64_t* seed;      // on the device; read where threshold > 0
-  const int64_t* columns;   // (C,): the mask's column of each column of p, or nullptr: the same
-  int64_t mask_columns;     // C where columns is nullptr
-  const int* position;      // rank last, (C,): the row among `selected` of each column, negative: none; or nullptr
-  int64_t selected;         // C where position is nullptr
+  int64_t part;            // rows, a multiple of the tile's
+  KeepMask keep;           // threshold 0: no dropout
+  const int64_t* seed;     // on the device; read where threshold > 0
+  const int64_t* columns;  // (C,): the mask's column of each column of p, or nullptr: the same
+  int64_t mask_columns;    // C where columns is nullptr
+  const int* position;     // rank last, (C,): the row among `selected` of each column, negative: none; or nullptr
+  int64_t selected;        // C where position is nullptr
 };
 
 template <class T, int kRank>

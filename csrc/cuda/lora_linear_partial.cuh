@@ -8,7 +8,7 @@
 //
 // positions: for each of 0 ... size - 1 its place in an index, or -1. Floor: writes 4 size bytes.
 #pragma once
-#include "tile.cuh"
+#include "lora_linear_launch.h"
 
 namespace lorasp::cuda {
 
@@ -25,35 +25,10 @@ __device__ inline int64_t place_in(const int64_t* index, int64_t count, int64_t 
   return low < count && load_global(index + low) == key ? low : -1;
 }
 
-struct PositionArgs {
-  const int64_t* index;  // (count,)
-  int64_t count, size;
-  int* position;  // (size,)
-};
-
 static __global__ void __launch_bounds__(kThreads) lora_linear_positions_kernel(const PositionArgs args) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i < args.size) store_global(args.position + i, static_cast<int>(place_in(args.index, args.count, i)));
 }
-
-enum class Trains { kWhole, kColumns, kRows, kEntries };
-
-// A tensor in the compute dtype or in fp32; data may be nullptr.
-struct Stored {
-  const void* data;
-  bool fp32;
-};
-
-template <class T>
-struct FactorPart {
-  Trains trains;
-  Stored lora;           // contiguous: (rows, cols), (rows, count), (count, cols) or (count,)
-  Stored frozen;         // (rows, cols), contiguous, or nullptr: zeros
-  const int64_t* index;  // (count,); nullptr where kWhole
-  int64_t count;
-  int64_t rows, cols;
-  T* out;  // (rows, cols)
-};
 
 template <class T>
 struct FactorArgs {
@@ -79,7 +54,7 @@ __global__ void __launch_bounds__(kThreads) lora_linear_factor_kernel(const Fact
     if (at >= 0 && part.trains == Trains::kColumns) at += row * part.count;
     if (at >= 0 && part.trains == Trains::kRows) at = at * part.cols + col;
   }
-  const T value = at >= 0             ? load_stored<T>(part.lora, at)
+  const T value = at >= 0            ? load_stored<T>(part.lora, at)
                   : part.frozen.data ? load_stored<T>(part.frozen, i)
                                      : from_float<T>(0.0f);
   store_global(part.out + i, value);

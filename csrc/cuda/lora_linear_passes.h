@@ -82,15 +82,13 @@ void in_place(const char* op, const char* name, Tensor& t, F&& update) {
 
 // Every xas[i] (M, R) of x (M, K), and x[:, J] into x_columns where it is given.
 template <class T>
-void project_x(const Device& device, const Tensor& x, const std::vector<Adapter>& adapters,
-               const DropoutOfCall& drop, const std::vector<Tensor>& xas, const Columns& columns,
-               const OptionalTensor& x_columns) {
+void project_x(const Device& device, const Tensor& x, const std::vector<Adapter>& adapters, const DropoutOfCall& drop,
+               const std::vector<Tensor>& xas, const Columns& columns, const OptionalTensor& x_columns) {
   std::vector<Projection<T>> projections;
   std::vector<int64_t> R;
   for (size_t i = 0; i < adapters.size(); ++i) {
     const Adapter& m = adapters[i];
-    projections.push_back(
-        {factor<T>(m.A), m.R, m.scale, m.word(), static_cast<T*>(xas[i].data_ptr()), m.R});
+    projections.push_back({factor<T>(m.A), m.R, m.scale, m.word(), static_cast<T*>(xas[i].data_ptr()), m.R});
     R.push_back(m.R);
   }
   const int64_t floats = project_workspace<T>(device, x.size(0), x.size(1), R, drop.drops());
@@ -103,8 +101,7 @@ void project_x(const Device& device, const Tensor& x, const std::vector<Adapter>
 template <class T>
 void expand_xa(const Device& device, const Tensor& xa, const Adapter& m, const OptionalTensor& bias, bool add,
                const Tensor& y) {
-  accumulate<T>(device, {{matrix<const T>(xa), factor<T>(m.B), 0}}, false, {}, data<const T>(bias), add,
-                matrix<T>(y));
+  accumulate<T>(device, {{matrix<const T>(xa), factor<T>(m.B), 0}}, false, {}, data<const T>(bias), add, matrix<T>(y));
 }
 
 // From one member's dy (M, N): g into g_data, M rows at g_stride, unless it is nullptr, and dB where it is asked for.
@@ -175,10 +172,9 @@ void backward_passes(const Device& device, const std::vector<Tensor>& dys, const
   }
   if (any_dA && x->size(1) > 0) {
     const Tensor rows = unit_columns(*x);
-    const Tensor room =
-        empty(rows, {outer_workspace<T>(device, M, rows.size(1), R, drop.drops())}, ScalarType::Float);
-    outer<T>(device, matrix<const T>(rows), contractions, true, drop.dropout, data<const int64_t>(columns.index), K,
-             {}, static_cast<float*>(room.data_ptr()));
+    const Tensor room = empty(rows, {outer_workspace<T>(device, M, rows.size(1), R, drop.drops())}, ScalarType::Float);
+    outer<T>(device, matrix<const T>(rows), contractions, true, drop.dropout, data<const int64_t>(columns.index), K, {},
+             static_cast<float*>(room.data_ptr()));
   }
   if (dx) accumulate<T>(device, expansions, true, drop.dropout, nullptr, add, matrix<T>(*dx));
 }

@@ -9,12 +9,12 @@
 // scales. A step's tiles arrive by cp.async kStages - 1 steps ahead.
 //
 // Floor: reads M C elements once (from L2 once more per further rank block or member) and C R per row block (from L2),
-// writes M R, or 4 parts M R bytes, and M |J|; with kOuter reads M R more and writes 4 ceil(M / kBlockM) C R bytes (only
-// selected columns' rows of them). FLOPs 2 M C R, with kOuter 4 M C R. At M = 8192, C = 4096, R = 16 in bf16 on 132
-// multiprocessors and 4.3 TB/s beside a 348 us frozen GEMM [calc], partials written and read: xa 67 + 8 MB (8 parts),
-// 17.6 us, 5.1 %; the xa of three members 67 + 25 MB, 21.5 us, where three launches take 53; x[:, J] of half of the
-// columns beside them 34 MB more, 7.8 us, where a gather of its own takes 15.6 (single columns: 23.4); g and dB in one
-// pass 67 + 17 + 17 MB (16 parts, 32 row blocks), 23.4 us, 6.7 %, where two kernels take 34 us, 9.8 %; half of dB's
+// writes M R, or 4 parts M R bytes, and M |J|; with kOuter reads M R more and writes 4 ceil(M / kBlockM) C R bytes
+// (only selected columns' rows of them). FLOPs 2 M C R, with kOuter 4 M C R. At M = 8192, C = 4096, R = 16 in bf16 on
+// 132 multiprocessors and 4.3 TB/s beside a 348 us frozen GEMM [calc], partials written and read: xa 67 + 8 MB (8
+// parts), 17.6 us, 5.1 %; the xa of three members 67 + 25 MB, 21.5 us, where three launches take 53; x[:, J] of half of
+// the columns beside them 34 MB more, 7.8 us, where a gather of its own takes 15.6 (single columns: 23.4); g and dB in
+// one pass 67 + 17 + 17 MB (16 parts, 32 row blocks), 23.4 us, 6.7 %, where two kernels take 34 us, 9.8 %; half of dB's
 // rows 8.5 + 8.5 MB less, 19.5 us.
 #pragma once
 #include "tile.cuh"
@@ -26,10 +26,10 @@ struct ProjectMember {
   Matrix<const T> q;  // (R, C) where rank_first, else (C, R)
   int64_t R;
   float scale;
-  uint32_t word;     // of its mask
-  T* h;              // (M, R), or nullptr where h_parts is meant
+  uint32_t word;  // of its mask
+  T* h;           // (M, R), or nullptr where h_parts is meant
   int64_t h_stride;
-  float* h_parts;    // (parts, M, R), not scaled
+  float* h_parts;  // (parts, M, R), not scaled
 };
 
 template <class T>
@@ -75,8 +75,8 @@ __device__ void store_columns(Shared<T> tile, const Matrix<const T>& p, int64_t 
 #pragma unroll
   for (int i = 0; i < kUnit; ++i) place[i] = i < valid ? load_global(position + (c + i)) : -1;
   // Places ascend: eight of them in a row, on the 16-byte grid of out.
-  const bool run = place[0] >= 0 && place[kUnit - 1] == place[0] + kUnit - 1 && place[0] % kCopy == 0 &&
-                   count % kCopy == 0;
+  const bool run =
+      place[0] >= 0 && place[kUnit - 1] == place[0] + kUnit - 1 && place[0] % kCopy == 0 && count % kCopy == 0;
   for (int u = threadIdx.x; u < kRows * kUnits && row + u / kUnits < p.rows; u += kThreads) {
     const Shared<T> unit = tile + (u / kUnits * kStride + u % kUnits * kUnit);
     T* to = out + (row + u / kUnits) * count;

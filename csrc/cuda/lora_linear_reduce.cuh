@@ -12,13 +12,15 @@
 namespace lorasp::cuda {
 
 // Element (i, j) of out, i < size / cols, j < cols, takes element (row, j') at parts + row * row_stride + j' of every
-// part: row = index[i] or row_map[i], j' = col_map[j], where given. Negative, or mask[i, j] == 0: zero.
+// part: row = index[i] or row_map[i], j' = col_map[j], where given. Outside of [0, rows), or negative, or where mask[i,
+// j]
+// == 0: zero.
 template <class T>
 struct ReduceSlice {
   const float* parts;
   int64_t part_stride;
   int64_t size, cols;
-  int64_t row_stride;
+  int64_t rows, row_stride;
   float scale;
   const uint8_t* mask;
   const int64_t* index;
@@ -44,7 +46,7 @@ __global__ void __launch_bounds__(kThreads) lora_linear_reduce_kernel(const Redu
   if (slice.row_map) row = load_global(slice.row_map + row);
   if (slice.col_map) col = load_global(slice.col_map + col);
   float sum = 0.0f;
-  if (row >= 0 && col >= 0 && (!slice.mask || load_global(slice.mask + i))) {
+  if (row >= 0 && row < slice.rows && col >= 0 && (!slice.mask || load_global(slice.mask + i))) {
     const float* part = slice.parts + (row * slice.row_stride + col);
 #pragma unroll 8
     for (int64_t s = 0; s < args.count; ++s) sum += load_global(part + s * slice.part_stride);

@@ -38,9 +38,8 @@ Tensor lora_update_forward_cuda(Tensor y, const Tensor& x_, const Tensor& lora_A
 
 std::tuple<Tensor, Tensor> lora_update_backward_cuda(OptionalTensor dx, const Tensor& dy_, const OptionalTensor& x,
                                                      const Tensor& lora_A, const Tensor& lora_B,
-                                                     const OptionalTensor& xa, const OptionalTensor& seed,
-                                                     double scale, double dropout_p, int64_t member, bool need_dA,
-                                                     bool need_dB) {
+                                                     const OptionalTensor& xa, const OptionalTensor& seed, double scale,
+                                                     double dropout_p, int64_t member, bool need_dA, bool need_dB) {
   check_matrices(kUpdateOp, "dy", dy_, lora_A, lora_B);
   const ScalarType dtype = dy_.scalar_type();
   const int64_t M = dy_.size(0), K = lora_A.size(1), N = lora_B.size(0), R = lora_A.size(0);

@@ -141,9 +141,8 @@ const char* emulated_project_outer(int dtype, int sm_count, Operand dy, Member g
     with_type(dtype, [&]<class T>(T) {
       const Device device{sm_count, nullptr};
       provide(g.out, ((dy.rows - 1) * g.out_stride + g.R) * static_cast<int64_t>(sizeof(T)), true);
-      project_outer<T>(device, dy.as<T>(),
-                       {g.q.as<T>(), g.R, g.scale, 0, static_cast<T*>(g.out), g.out_stride}, xa.as<T>(),
-                       chosen.as(dy.cols), place.as(sizeof(T), dy.cols),
+      project_outer<T>(device, dy.as<T>(), {g.q.as<T>(), g.R, g.scale, 0, static_cast<T*>(g.out), g.out_stride},
+                       xa.as<T>(), chosen.as(dy.cols), place.as(sizeof(T), dy.cols),
                        workspace(project_outer_workspace<T>(device, dy.rows, dy.cols, g.R)).data());
     });
   });
@@ -175,8 +174,14 @@ const char* emulated_factor(int dtype, int trains, const void* lora, int64_t lor
       if (frozen) provide(frozen, rows * cols * (frozen_fp32 ? 4 : size), false);
       if (index) provide(index, count * 8, false);
       provide(out, rows * cols * size, true);
-      make_factors<T>({4, nullptr}, {{static_cast<Trains>(trains), {lora, lora_fp32}, {frozen, frozen_fp32}, index,
-                                      count, rows, cols, static_cast<T*>(out)}});
+      make_factors<T>({4, nullptr}, {{static_cast<Trains>(trains),
+                                      {lora, lora_fp32},
+                                      {frozen, frozen_fp32},
+                                      index,
+                                      count,
+                                      rows,
+                                      cols,
+                                      static_cast<T*>(out)}});
     });
   });
 }
