@@ -20,6 +20,7 @@
 #include "lora_linear_accumulate.cuh"
 #include "lora_linear_launch.h"
 #include "lora_linear_outer.cuh"
+#include "lora_linear_partial.cuh"
 #include "lora_linear_project.cuh"
 #include "lora_linear_reduce.cuh"
 
