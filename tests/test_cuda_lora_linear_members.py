@@ -120,7 +120,7 @@ def test_only_single_entries_of_a_gradient(kernels, dtype):
 
 
 @pytest.mark.parametrize("add", [False, True])
-@pytest.mark.parametrize("ranks", [(3, 8), (16, 40), (1, 33, 2, 8, 5)])
+@pytest.mark.parametrize("ranks", [(3, 8), (16, 40), (1, 33, 2, 8)])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_launch_expands_every_member(kernels, dtype, p, ranks, add):
@@ -130,8 +130,6 @@ def test_one_launch_expands_every_member(kernels, dtype, p, ranks, add):
         bias, start = normal(C, dtype=dtype, seed=3), normal(140, C, dtype=dtype, seed=4)
         out = start.clone() if add else poisoned(140, C, dtype=dtype)
         kernels.accumulate_members(hs, qs, True, out, dropouts, bias, add)
-        if p and len(ranks) > 4:
-            continue  # two launches, two roundings: the whole operator's rule covers them
 
         def formula(h, q, bias, start):
             products = [a @ b for a, b in zip(h.split(ranks, 1), q.split(ranks), strict=True)]
