@@ -9,8 +9,8 @@
 // by at most half an eps of |y| + |x W^T|, as is x W^T there. What is left is what a GEMM that takes the rank-R product
 // into its own accumulator (plan fused) saves.
 //
-// Three members of that shape, q, k and v, beside 1044 us each way [calc]: forward one pass over x, three writes, 21.5
-// + 47 us, 6.5 % (x[:, J] kept: 7.8 us more); backward three passes over dy, one over x, one write of dx, into which
+// Three members of that shape, q, k and v, beside 1044 us each way [calc]: forward one pass over x, three writes, 19.2
+// + 47 us, 6.3 % (x[:, J] kept: 7.8 us more); backward three passes over dy, one over x, one write of dx, into which
 // three GEMMs add, 70 + 18.5 + 15.6 us, 10 %.
 #pragma once
 #include <algorithm>
@@ -222,7 +222,8 @@ void project(const Device& device, const Matrix<const T>& p, const std::vector<P
       args.keep = dropout.keep, args.seed = dropout.seed;
       args.position = selection.position, args.selected = selection.position ? selection.count : p.cols;
       args.columns = first == 0 ? columns : nullptr;
-      const Grid grid{ceil_div(p.rows, Tiles::kBlockM) * n, split.parts, ceil_div(ranks.widest, rank())};
+      args.rank_blocks = static_cast<int>(ceil_div(ranks.widest, rank()));
+      const Grid grid{ceil_div(p.rows, Tiles::kBlockM) * n * args.rank_blocks, split.parts};
       launch(lora_linear_project_kernel<T, rank(), false>, grid, kThreads, Tiles::kSharedBytes, device.stream, args);
     });
   });
@@ -258,7 +259,8 @@ void outer(const Device& device, const Matrix<const T>& p, const std::vector<Con
       args.keep = dropout.keep, args.seed = dropout.seed;
       args.columns = columns, args.mask_columns = columns ? mask_columns : p.cols;
       args.position = selection.position, args.selected = selected;
-      const Grid grid{ceil_div(p.cols, kBlockC) * n, split.parts, ceil_div(ranks.widest, rank())};
+      args.rank_blocks = static_cast<int>(ceil_div(ranks.widest, rank()));
+      const Grid grid{ceil_div(p.cols, kBlockC) * n * args.rank_blocks, split.parts};
       launch(lora_linear_outer_kernel<T, rank()>, grid, kThreads, Tiles::kSharedBytes, device.stream, args);
     });
   });
@@ -275,7 +277,7 @@ void project_outer(const Device& device, const Matrix<const T>& dy, const Projec
   const bool whole = split.parts == 1;
   float* g_parts = workspace + row_blocks * outer_size;
   ProjectArgs<T> args{};
-  args.p = dy, args.count = 1, args.part = split.part;
+  args.p = dy, args.count = args.rank_blocks = 1, args.part = split.part;
   args.members[0] = {g.q, R, g.scale, 0, whole ? g.h : nullptr, g.h_stride, g_parts};
   args.position = selection.position, args.selected = selected;
   args.xa = xa, args.outer_parts = workspace;

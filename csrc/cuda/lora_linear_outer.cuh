@@ -1,15 +1,16 @@
 // (keep o p)^T h for p (M, C) and h (M, R): dA (R, C), rank first, from x and g; dB (C, R) from dy and xa. A group's dA
 // come from one pass over x: without dropout its g lie side by side and are one h; with it each member has its own
-// mask, and the members' blocks of one tile of x lie side by side in the grid, so that the cache serves all but the
-// first. LoRA-SP: p may be x[:, J], whose mask is J's columns of x's; of dB only selected rows may be wanted.
+// mask. The blocks that read one tile of x, of all members and rank blocks, lie side by side in the grid, so that the
+// cache serves all but the first. LoRA-SP: p may be x[:, J], whose mask is J's columns of x's; of dB only selected rows
+// may be wanted.
 //
-// Block (i * members + member, s, j) sums rows s * part ... of columns i * kBlockC ... for rank block j into fp32
-// partials (parts, R, C) or (parts, C, R), which lora_linear_reduce_kernel adds in order, masks and rounds.
+// Block ((i * rank blocks + j) * members + member, s) sums rows s * part ... of columns i * kBlockC ... for rank block
+// j into fp32 partials (parts, R, C) or (parts, C, R), which lora_linear_reduce_kernel adds in order, masks and rounds.
 //
 // Floor: reads M C elements once (from L2 once more per further rank block or member) and M R per column block (from
 // L2), writes 4 parts R C bytes. FLOPs 2 M C R. At M = 8192, C = 4096, R = 16 in bf16 on 132 multiprocessors and 4.3
 // TB/s beside a 348 us frozen GEMM [calc]: 67 + 4 MB (8 parts, written and read), 16.6 us, 4.8 %; the dA of three
-// members 67 + 13 MB, 18.5 us, where three launches take 50; of half of the columns 8.3 us each.
+// members 67 + 13 MB, 18.5 us, where three launches take 50; with half of the columns half of that.
 #pragma once
 #include "tile.cuh"
 
@@ -24,8 +25,8 @@ struct OuterMember {
 
 template <class T>
 struct OuterArgs {
-  Matrix<const T> p;  // (M, C)
-  int count;          // members
+  Matrix<const T> p;       // (M, C)
+  int count, rank_blocks;  // of members, and of each one's ranks
   OuterMember<T> members[kMembers];
   bool rank_first;
   int64_t part;            // rows, a multiple of the tile's
@@ -55,11 +56,12 @@ __global__ void __launch_bounds__(kThreads) lora_linear_outer_kernel(const Outer
   constexpr int kPStride = tile_stride<T>(kBlockC), kRankStride = tile_stride<T>(kRank);
   static_assert(kBlockC == 8 * kWarps);  // warp w: columns 8 w ... 8 w + 7 of the tile
   const int warp = threadIdx.x / 32;
-  const OuterMember<T>& member = args.members[static_cast<int>(blockIdx.x) % args.count];
+  const int shares = args.count * args.rank_blocks, share = static_cast<int>(blockIdx.x % shares);
+  const OuterMember<T>& member = args.members[share % args.count];
   const int64_t M = args.p.rows, C = args.p.cols, R = member.h.cols;
-  const int64_t col = static_cast<int64_t>(blockIdx.x / args.count) * kBlockC;
+  const int64_t col = static_cast<int64_t>(blockIdx.x / shares) * kBlockC;
   const int64_t first_row = static_cast<int64_t>(blockIdx.y) * args.part;
-  const int64_t rank = static_cast<int64_t>(blockIdx.z) * kRank;
+  const int64_t rank = static_cast<int64_t>(share / args.count) * kRank;
   if (rank >= R) return;
   const int64_t last_row = first_row + args.part < M ? first_row + args.part : M;
   const int steps = static_cast<int>(ceil_div(last_row - first_row, kBlockM));

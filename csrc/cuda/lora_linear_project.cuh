@@ -1,21 +1,21 @@
 // h (M, R) = scale (keep o p) q: xa of the forward (p = x, q = A^T, which lies rank first) and g of the backward
 // (p = dy, q = B, which lies rank last). With kOuter also the row-block partials of dB (C, R) = p^T xa from the same
 // pass. A group's xa come from one pass over x: without dropout its A lie one under another and are one q; with it each
-// member has its own mask, and the members' blocks of one tile of x lie side by side in the grid, so that the cache
-// serves all but the first. The same pass copies selected columns of x (LoRA-SP keeps x[:, J]).
+// member has its own mask. The blocks that read one tile of x, of all members and rank blocks, lie side by side in the
+// grid, so that the cache serves all but the first. The same pass copies selected columns of x (LoRA-SP keeps x[:, J]).
 //
-// Block (i * members + member, s, j) sums columns s * part ... of row block i for rank block j. Where one part covers
-// C, h is the result, else h_parts holds fp32 partials (parts, M, R), which lora_linear_reduce_kernel adds in order and
-// scales. A step's tiles arrive by cp.async kStages - 1 steps ahead.
+// Block ((i * rank blocks + j) * members + member, s) sums columns s * part ... of row block i for rank block j. Where
+// one part covers C, h is the result, else h_parts holds fp32 partials (parts, M, R), which lora_linear_reduce_kernel
+// adds in order and scales. A step's tiles arrive by cp.async kStages - 1 steps ahead.
 //
 // Floor: reads M C elements once (from L2 once more per further rank block or member) and C R per row block (from L2),
 // writes M R, or 4 parts M R bytes, and M |J|; with kOuter reads M R more and writes 4 ceil(M / kBlockM) C R bytes
 // (only selected columns' rows of them). FLOPs 2 M C R, with kOuter 4 M C R. At M = 8192, C = 4096, R = 16 in bf16 on
 // 132 multiprocessors and 4.3 TB/s beside a 348 us frozen GEMM [calc], partials written and read: xa 67 + 8 MB (8
-// parts), 17.6 us, 5.1 %; the xa of three members 67 + 25 MB, 21.5 us, where three launches take 53; x[:, J] of half of
-// the columns beside them 34 MB more, 7.8 us, where a gather of its own takes 15.6 (single columns: 23.4); g and dB in
-// one pass 67 + 17 + 17 MB (16 parts, 32 row blocks), 23.4 us, 6.7 %, where two kernels take 34 us, 9.8 %; half of dB's
-// rows 8.5 + 8.5 MB less, 19.5 us.
+// parts), 17.6 us, 5.1 %; the xa of three members 67 + 16 MB (5 parts), 19.2 us, where three launches take 53; x[:, J]
+// of half of the columns beside them 34 MB more, 7.8 us, where a gather of its own takes 15.6 (single columns: 23.4); g
+// and dB in one pass 67 + 17 + 17 MB (16 parts, 32 row blocks), 23.4 us, 6.7 %, where two kernels take 34 us, 9.8 %;
+// half of dB's rows 8.4 MB less, 21.5 us.
 #pragma once
 #include "tile.cuh"
 
@@ -34,8 +34,8 @@ struct ProjectMember {
 
 template <class T>
 struct ProjectArgs {
-  Matrix<const T> p;  // (M, C)
-  int count;          // members; 1 with kOuter
+  Matrix<const T> p;       // (M, C)
+  int count, rank_blocks;  // of members, and of each one's ranks; 1 with kOuter
   ProjectMember<T> members[kMembers];
   bool rank_first;
   int64_t part;         // columns, a multiple of kBlockC
@@ -99,13 +99,14 @@ __global__ void __launch_bounds__(kThreads, kOuter ? 2 : 3) lora_linear_project_
   constexpr int kPStride = tile_stride<T>(kBlockC), kRankStride = tile_stride<T>(kRank);
   [[maybe_unused]] constexpr int kUnroll = sizeof(T) == 4 ? 4 : kBlockC / P::kK;
   const int warp = threadIdx.x / 32;
-  const int number = kOuter ? 0 : static_cast<int>(blockIdx.x) % args.count;
-  const int64_t row_block = kOuter ? blockIdx.x : blockIdx.x / args.count;
+  const int shares = kOuter ? 1 : args.count * args.rank_blocks, share = static_cast<int>(blockIdx.x % shares);
+  const int number = kOuter ? 0 : share % args.count;
+  const int64_t row_block = blockIdx.x / shares;
   const ProjectMember<T>& member = args.members[number];
   const int64_t M = args.p.rows, C = args.p.cols, R = member.R;
   const int64_t row = row_block * kBlockM;
   const int64_t first_col = static_cast<int64_t>(blockIdx.y) * args.part;
-  const int64_t rank = static_cast<int64_t>(blockIdx.z) * kRank;
+  const int64_t rank = kOuter ? 0 : static_cast<int64_t>(share / args.count) * kRank;
   const bool gathers = !kOuter && args.columns && number == 0 && rank == 0;
   if (rank >= R) return;
   const int64_t last_col = first_col + args.part < C ? first_col + args.part : C;

@@ -23,7 +23,7 @@ extern "C" const char* large(const bf16* p, const bf16* h, const bf16* q, bool r
     accumulate<bf16>(device, {{rows_h, factor, 0}}, rank_first, dropout, nullptr, true,
                      {out - first * C, M, C, C, aligned});
     OuterArgs<bf16> args{};
-    args.p = rows_p, args.count = 1, args.members[0] = {rows_h, 0, parts - M / part * R * C};
+    args.p = rows_p, args.count = args.rank_blocks = 1, args.members[0] = {rows_h, 0, parts - M / part * R * C};
     args.rank_first = rank_first, args.part = part, args.keep = dropout.keep, args.seed = seed;
     args.mask_columns = args.selected = C;
     launch(lora_linear_outer_kernel<bf16, 16>, {1, ceil_div(M, part)}, kThreads, OuterTiles<bf16, 16>::kSharedBytes,
