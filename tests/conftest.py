@@ -41,3 +41,22 @@ def table_folder(tmp_path, monkeypatch):
     tuning.forget_tables()
     yield tmp_path
     tuning.forget_tables()
+
+
+@pytest.fixture
+def emulated(monkeypatch, poisoned_memory):
+    """Backend cuda takes CPU tensors, and torch.empty holds NaN: csrc/cuda/*.cu built over tests/cuda_emulation."""
+    from cuda_emulation.library import load
+
+    from lorasp.ops import registry
+
+    load("kernels", torch_too=True)
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("lorasp::")]
+    compiled = {
+        name[len("lorasp::") : -len("_cuda")] for name in names if name.endswith("_cuda") and has_kernel(name, "CPU")
+    }
+    available, unsupported = registry.available_backends(), registry.unsupported
+    monkeypatch.setattr(registry, "available_backends", lambda: available | {"cuda": None})
+    monkeypatch.setattr(registry, "unsupported", lambda b, *rest: None if b == "cuda" else unsupported(b, *rest))
+    monkeypatch.setitem(registry._compiled, "cuda", compiled)

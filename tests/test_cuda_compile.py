@@ -25,10 +25,13 @@ KERNELS = {
     "dropkey_attention.cu": {"dropkey_attention_keys_kernel"},
     "hidden_cut.cu": {"hidden_cut_kernel"},
     "launch.cu": set(),
-    "lora_linear.cu": {
-        "lora_linear_accumulate_kernel", "lora_linear_outer_kernel", "lora_linear_project_kernel",
-        "lora_linear_reduce_kernel",
+    "lora_linear.cu": set(),
+    "lora_linear_group.cu": set(),
+    "lora_linear_launch.cu": {
+        "lora_linear_accumulate_kernel", "lora_linear_factor_kernel", "lora_linear_outer_kernel",
+        "lora_linear_positions_kernel", "lora_linear_project_kernel", "lora_linear_reduce_kernel",
     },
+    "lora_update.cu": set(),
     "partial_adamw.cu": {"partial_adamw_count_kernel", "partial_adamw_kernel"},
 }  # fmt: skip
 
@@ -55,13 +58,15 @@ class Kernel:
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_nvcc_compiles(source, tmp_path):
-    """One run of nvcc for all architectures against this torch's headers; warnings are errors."""
+    """One run of nvcc for all architectures against this torch's headers; warnings are errors. Sources without kernels
+    for one architecture: for every other the compiler would only read the same headers again."""
     known = subprocess.run([NVCC, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
     missing = [f"sm_{arch}" for arch in ARCHITECTURES if f"sm_{arch}" not in known]
     if missing:
         pytest.skip(f"this nvcc does not know {', '.join(missing)}")
     built = tmp_path / f"{source}.o"
-    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
+    architectures = ARCHITECTURES if KERNELS[source] else ARCHITECTURES[:1]
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
     command = [
         NVCC, "-std=c++17", "-O3", "-Werror", "all-warnings", "-isystem", TORCH / "include", *targets, "-Xptxas", "-v",
         "-Xcompiler", "-fPIC", "-c", CUDA / source, "-o", built,
@@ -69,12 +74,12 @@ def test_nvcc_compiles(source, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     found = list(kernels(result.stdout + result.stderr))
-    for arch in ARCHITECTURES:
+    for arch in architectures:
         assert {kernel.name for kernel in found if kernel.arch == arch} == KERNELS[source]
     for kernel in found:
         assert_resources_suffice(kernel)
     assert_asks_only_for_the_stable_abi(built)
-    if source == "lora_linear.cu":
+    if source == "lora_linear_launch.cu":
         assert_uses_tensor_cores_and_wide_accesses(built)
     if source in ("consistency.cu", "hidden_cut.cu", "partial_adamw.cu"):
         assert_moves_16_bytes_at_a_time(built)
@@ -119,7 +124,7 @@ def assert_asks_only_for_the_stable_abi(built):
     assert not [name for name in symbols if re.match(r"_ZN?K?(2at|3c10|5torch)", name)]
     library = ctypes.CDLL(str(TORCH / "lib" / "libtorch_cpu.so"))
     needed = {name for name in symbols if re.match(r"(aoti_)?torch_", name)}
-    only_in_cuda_builds = {"aoti_torch_get_current_cuda_stream"}
+    only_in_cuda_builds = {"aoti_torch_cuda_addmm_out", "aoti_torch_get_current_cuda_stream"}
     assert not [name for name in needed - only_in_cuda_builds if not hasattr(library, name)]
 
 
@@ -139,7 +144,7 @@ def assert_uses_tensor_cores_and_wide_accesses(built):
     """HMMA (mma.sync), LDSM (ldmatrix), LDGSTS (cp.async), 16-byte accesses."""
     for name, code in machine_code(built):
         half = "bf16" in name or "3f16" in name
-        if "reduce" in name:
+        if not any(streaming in name for streaming in ("project", "outer", "accumulate")):
             continue
         assert ("HMMA" in code, "LDSM" in code) == (half, half), name
         assert "LDGSTS.E.BYPASS.128" in code, name

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from cuda_emulation.backend import ORDERS, emulate, require_gpu_build
+from cuda_emulation.backend import ORDERS, require_gpu_build
 from cuda_emulation.library import DTYPES as NUMBER_OF
 from cuda_emulation.library import EmulationError, call, load, pointer
 
@@ -263,11 +263,6 @@ def test_planted_faults_are_caught(fault, message):
     else:
         with pytest.raises(EmulationError, match=message):
             assert_right(kernels, shifted(a), shifted(b), None, "kl")
-
-
-@pytest.fixture
-def emulated(monkeypatch, poisoned_memory):
-    emulate(monkeypatch, "consistency_fwd", "consistency_bwd", "consistency_replace")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

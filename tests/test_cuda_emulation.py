@@ -150,7 +150,7 @@ def test_rounding_is_torch_s(probes, dtype):
 # (file, text, replacement), and what the emulator says: nothing where the numbers come out wrong instead.
 FAULTS = {
     "an index one row too far": (
-        ("lora_linear_project.cuh", "store_global(args.h + (m * R + r)", "store_global(args.h + (m * R + R + r)"),
+        ("lora_linear_project.cuh", "member.h + (m * member.h_stride + r)", "member.h + (m * member.h_stride + R + r)"),
         "writes global memory out of bounds",
     ),
     "a wrong operand of the product": (
@@ -169,6 +169,14 @@ FAULTS = {
         ("tile.cuh", "? valid_columns(c, m.cols) : 0", "? kUnit : 0"),
         "reads global memory out of bounds",
     ),
+    "columns that every member copies": (
+        ("lora_linear_project.cuh", "args.columns && number == 0 && rank == 0", "args.columns && rank == 0"),
+        "writes global memory that was written in the same launch",
+    ),
+    "a run of columns off the 16-byte grid": (
+        ("lora_linear_project.cuh", "place[0] % kCopy == 0 && count % kCopy == 0", "true"),
+        "writes global memory unaligned",
+    ),
 }
 
 
@@ -177,10 +185,14 @@ def is_right(order, *faults):
     library = load("planted", *faults)
     library.emulated_set_order(ctypes.c_uint64(order))
     p, q = torch.randn(130, 136).bfloat16(), torch.randn(3, 136).bfloat16()
-    h = torch.full((130, 3), torch.nan).bfloat16()
-    call(library.planted_project, *map(pointer, (p, q, h)), *map(ctypes.c_int64, (130, 136, 3)))
+    kept = torch.tensor([*range(8, 20), *range(64, 88)])
+    position = torch.full((136,), -1, dtype=torch.int32).index_copy(0, kept, torch.arange(len(kept)).int())
+    h, other, columns = (torch.full((130, size), torch.nan).bfloat16() for size in (3, 3, len(kept)))
+    tensors, sizes = (p, q, h, other, position, columns), (130, 136, 3, len(kept))
+    call(library.planted_project, *map(pointer, tensors), *map(ctypes.c_int64, sizes))
     want = p.double() @ q.double().t()
-    return bool((h.double() - want).abs().max() <= torch.finfo(h.dtype).eps * want.abs().max())
+    right = (h.double() - want).abs().max() <= torch.finfo(h.dtype).eps * want.abs().max()
+    return bool(right) and torch.equal(h, other) and torch.equal(columns, p[:, kept])
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=ORDERS.get)

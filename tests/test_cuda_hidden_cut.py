@@ -5,7 +5,7 @@ from ctypes import c_double, c_int, c_int64
 
 import pytest
 import torch
-from cuda_emulation.backend import ORDERS, emulate, require_gpu_build
+from cuda_emulation.backend import ORDERS, require_gpu_build
 from cuda_emulation.library import DTYPES as NUMBER_OF
 from cuda_emulation.library import EmulationError, call, load, pointer
 
@@ -194,11 +194,6 @@ def test_planted_faults_are_caught(fault, message):
     else:
         with pytest.raises(EmulationError, match=message):
             is_right()
-
-
-@pytest.fixture
-def emulated(monkeypatch, poisoned_memory):
-    emulate(monkeypatch, "hidden_cut_fwd", "hidden_cut_bwd")
 
 
 @pytest.mark.parametrize("residual", [None, *DTYPES], ids=str)

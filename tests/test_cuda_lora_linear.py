@@ -215,4 +215,5 @@ def test_one_pass_over_dy_is_a_matter_of_bytes(kernels):
         row_blocks = -(-M // (256 if dtype.itemsize == 2 else 128))
         partials = 2 * 4 * row_blocks * N * R  # written, then read
         want = R <= 16 and partials < M * N * dtype.itemsize
-        assert kernels.one_pass_over_dy(dtype, M, N, R) == want
+        assert kernels.one_pass_over_dy(dtype, M, N, R, N) == want
+        assert kernels.one_pass_over_dy(dtype, M, N, R, N // 2) == (R <= 16 and partials < 2 * M * N * dtype.itemsize)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cuda_emulation.library import load
+from cuda_emulation.backend import require_gpu_build
 
 import lorasp
 from lorasp import rng, testing
@@ -14,16 +14,6 @@ from lorasp.ops import registry
 from lorasp.testing import Case, check_case, make_inputs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.fixture
-def emulated(monkeypatch, poisoned_memory):
-    """Backend cuda takes CPU tensors, and torch.empty holds NaN."""
-    load("kernels", torch_too=True)
-    available, unsupported = registry.available_backends(), registry.unsupported
-    monkeypatch.setattr(registry, "available_backends", lambda: available | {"cuda": None})
-    monkeypatch.setattr(registry, "unsupported", lambda b, *rest: None if b == "cuda" else unsupported(b, *rest))
-    monkeypatch.setitem(registry._compiled, "cuda", {"lora_linear_fwd"})
 
 
 def assert_meets_the_rule(case, device="cpu"):
@@ -63,6 +53,32 @@ def test_fp32_masters(emulated, dtype):
     )[1:]:  # fmt: skip
         assert grad.dtype == torch.float32
         assert not torch.equal(grad, grad.to(dtype).float())
+
+
+@pytest.mark.parametrize("share", ["small", "large", "cancelled"])
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_the_low_rank_share_is_rounded_first(emulated, dtype, share):
+    """The frozen product is added onto 2^-10 and 2^10 of itself, and onto what takes all but 2^-10 of it away."""
+    M, K, N, R, scale = 130, 96, 80, 8, {"small": 2.0**-10, "large": 2.0**10, "cancelled": 1.0}[share]
+    for seed in range(3):
+        i = make_inputs(M, K, N, R, dtype, bias=False, seed=seed)
+        if share == "cancelled":
+            i["weight"] = (i["weight"] * 2.0**-10 - i["lora_B"] @ i["lora_A"]).to(dtype)
+        operands = [i[name] for name in ("x", "weight", "bias", "lora_A", "lora_B")]
+        rest = (None, scale, 0.0, 0, "auto", None)
+        exact = [None if t is None else t.double() for t in operands]
+        y, xa = ops.forward_ops["cuda"](*operands, *rest)
+        reference, reference_xa = ops.forward_ops["reference"](*operands, *rest)
+        exact_y, exact_xa = ops.forward_ops["reference"](*exact, *rest)
+        testing.assert_close(y, reference, exact_y, dtype, "y")
+        _, weight, _, A, B = operands
+        tail = (None, None, None, scale, 0.0, 0, True, False, False, "auto", None)
+        dx, _, _ = ops.backward_ops["cuda"](i["dy"], None, weight, A, B, xa, *tail)
+        reference, _, _ = ops.backward_ops["reference"](i["dy"], None, weight, A, B, reference_xa, *tail)
+        exact_dx, _, _ = ops.backward_ops["reference"](
+            i["dy"].double(), None, exact[1], *exact[3:], exact_xa, *tail
+        )  # fmt: skip
+        testing.assert_close(dx, reference, exact_dx, dtype, "dx")
 
 
 def test_operands_of_any_strides(emulated):
@@ -158,8 +174,8 @@ def test_other_plans_and_operators_are_refused(emulated):
     with lorasp.use_backend("cuda"):
         with pytest.raises(ValueError, match="plan must be auto or addmm for backend cuda, got 'fused'"):
             lora_linear(*operands, plan="fused")
-        with pytest.raises(ValueError, match=r"hidden_cut: .* cuda has no kernels for this operator"):
-            lorasp.hidden_cut(i["x"], 0.5)
+        with pytest.raises(ValueError, match=r"dropkey_attention: .* cuda has no kernels for this operator"):
+            lorasp.dropkey_attention(*[torch.zeros(1, 1, 4, 16)] * 3)
     with lorasp.use_backend("cuda", "onepass"), pytest.raises(ValueError, match="got 'onepass'"):
         lora_linear(*operands)
 
@@ -169,7 +185,8 @@ def test_auto_takes_cuda_where_triton_is_not_installed(emulated, monkeypatch):
     assert registry.choose("lora_linear", "cuda", torch.bfloat16) == "triton"
     monkeypatch.setattr(registry, "_triton_installed", False)
     assert registry.choose("lora_linear", "cuda", torch.bfloat16) == "cuda"
-    assert registry.choose("hidden_cut", "cuda", torch.bfloat16) == "reference"
+    assert registry.choose("hidden_cut", "cuda", torch.bfloat16) == "cuda"
+    assert registry.choose("dropkey_attention", "cuda", torch.bfloat16) == "reference"
 
 
 def test_absence_is_explained(monkeypatch):
@@ -200,9 +217,7 @@ GPU_VARIANTS = (
 
 @pytest.fixture
 def built():
-    reason = registry.available_backends()["cuda"]
-    if reason is not None:
-        pytest.skip(reason)
+    require_gpu_build()
 
 
 @pytest.mark.gpu

@@ -5,7 +5,7 @@ from ctypes import c_double, c_int, c_int64, c_void_p
 
 import pytest
 import torch
-from cuda_emulation.backend import ORDERS, emulate, require_gpu_build
+from cuda_emulation.backend import ORDERS, require_gpu_build
 from cuda_emulation.library import DTYPES as NUMBER_OF
 from cuda_emulation.library import EmulationError, call, load, pointer
 
@@ -172,11 +172,6 @@ def test_planted_faults_are_caught(fault, message):
     caught, text = (AssertionError, "error .* exceeds") if message is None else (EmulationError, message)
     with pytest.raises(caught, match=text):
         assert_right(step, torch.float32, "entries")
-
-
-@pytest.fixture
-def emulated(monkeypatch, poisoned_memory):
-    emulate(monkeypatch, "partial_adamw")
 
 
 @pytest.mark.parametrize("kind", ACTIVE_SHAPES)

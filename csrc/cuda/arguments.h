@@ -31,8 +31,8 @@ using OptionalTensor = std::optional<Tensor>;
 
 namespace lorasp::cuda {
 
-// No graph is recorded inside, whatever the caller's mode. Products are written through `out` variants, which autocast
-// leaves alone too.
+// No graph is recorded inside, whatever the caller's mode. The frozen product is not dispatched, so that autocast
+// leaves it alone too.
 class NoGrad {
  public:
   NoGrad() : before_(aoti_torch_grad_mode_is_enabled()) { aoti_torch_grad_mode_set_enabled(false); }
@@ -87,12 +87,10 @@ T* data(const OptionalTensor& t) {
   return t ? static_cast<T*>(t->data_ptr()) : nullptr;
 }
 
-// out = a b, the frozen product: cuBLAS.
-inline void multiply(Tensor& out, const Tensor& a, const Tensor& b) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);  // takes the returned reference back
+// out += a b in place: cuBLAS with beta = 1, rounded once. The dispatcher of the stable ABI knows no Scalar arguments
+// (torch 2.11 to 2.13); this is the C function that compiled models call.
+inline void add_product(Tensor& out, const Tensor& a, const Tensor& b) {
+  TORCH_ERROR_CODE_CHECK(DeviceScope::addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0));
 }
 
 // f(float() | bf16() | f16()) for a compute dtype.

@@ -1,6 +1,7 @@
 // Device and stream of a call.
 #pragma once
 #include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
 #include <torch/csrc/stable/accelerator.h>
 
 namespace lorasp::cuda {
@@ -10,6 +11,7 @@ class DeviceScope {
  public:
   static constexpr const char* kName = "cuda";
   static bool holds(const Tensor& t) { return t.is_cuda(); }
+  static constexpr auto addmm_out = &aoti_torch_cuda_addmm_out;
 
   explicit DeviceScope(const Tensor& t) : guard_(t.get_device_index()) {
     void* stream = nullptr;

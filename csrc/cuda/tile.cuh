@@ -26,6 +26,9 @@ LORASP_HOST_DEVICE constexpr int tile_bytes(int rows, int columns) {
   return rows * tile_stride<T>(columns) * static_cast<int>(sizeof(T));
 }
 
+// Members of a group that one launch serves.
+constexpr int kMembers = 4;
+
 // Where kernels are launched.
 struct Device {
   int sm_count;
@@ -76,30 +79,69 @@ __device__ inline uint32_t keep_bits(const KeepMask& keep, uint64_t start) {
   return bits >> shift;
 }
 
+// Zeroes the elements of one unit, NaN too, whose bit is 0.
+template <class T>
+__device__ void mask_unit(Shared<T> unit, uint32_t bits) {
+  constexpr int kCopy = 16 / static_cast<int>(sizeof(T));
+#pragma unroll
+  for (int i = 0; i < kUnit; i += kCopy) {
+    Words words = load_shared16<T>(unit + i);
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      if constexpr (sizeof(T) == 2) {
+        words.word[w] &= (bits & 1 ? 0xFFFFu : 0u) | (bits & 2 ? 0xFFFF0000u : 0u);
+        bits >>= 2;
+      } else {
+        if (!(bits & 1)) words.word[w] = 0;
+        bits >>= 1;
+      }
+    }
+    store_shared16<T>(unit + i, words);
+  }
+}
+
 // Zeroes this thread's dropped elements (NaN too) of a tile that load_tile filled and whose copies it waited for.
 // columns: of the mask's logical shape. One Philox call per unit where `columns` is a multiple of kUnit, else two.
 template <int kRows, int kCols, class T>
 __device__ void drop_tile(Shared<T> tile, const KeepMask& keep, int64_t row, int64_t col, int64_t columns) {
-  constexpr int kUnits = kCols / kUnit, kStride = tile_stride<T>(kCols), kCopy = 16 / static_cast<int>(sizeof(T));
+  constexpr int kUnits = kCols / kUnit, kStride = tile_stride<T>(kCols);
   for (int u = threadIdx.x; u < kRows * kUnits; u += kThreads) {
     const int64_t start = (row + u / kUnits) * columns + col + u % kUnits * kUnit;
-    uint32_t bits = keep_bits(keep, static_cast<uint64_t>(start));
-    const Shared<T> unit = tile + (u / kUnits * kStride + u % kUnits * kUnit);
-#pragma unroll
-    for (int i = 0; i < kUnit; i += kCopy) {
-      Words words = load_shared16<T>(unit + i);
-#pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        if constexpr (sizeof(T) == 2) {
-          words.word[w] &= (bits & 1 ? 0xFFFFu : 0u) | (bits & 2 ? 0xFFFF0000u : 0u);
-          bits >>= 2;
-        } else {
-          if (!(bits & 1)) words.word[w] = 0;
-          bits >>= 1;
+    mask_unit<T>(tile + (u / kUnits * kStride + u % kUnits * kUnit), keep_bits(keep, static_cast<uint64_t>(start)));
+  }
+}
+
+// drop_tile for a matrix of selected columns: its column c is column index[c] of the mask. A unit whose columns follow
+// one another takes drop_tile's Philox calls, any other one per group of eight that it touches.
+template <int kRows, int kCols, class T>
+__device__ void drop_selected_tile(Shared<T> tile, const KeepMask& keep, int64_t row, int64_t col, int64_t cols,
+                                   const int64_t* index, int64_t columns) {
+  constexpr int kUnits = kCols / kUnit, kStride = tile_stride<T>(kCols);
+  static_assert(kThreads % kUnits == 0);  // the units of a thread lie one under another
+  const int64_t c = col + static_cast<int>(threadIdx.x) % kUnits * kUnit;
+  const int valid = valid_columns(c, cols);
+  if (valid == 0) return;
+  const int64_t first = load_global(index + c);
+  const bool run = load_global(index + (c + valid - 1)) - first == valid - 1;
+  for (int u = threadIdx.x; u < kRows * kUnits; u += kThreads) {
+    const uint64_t start = static_cast<uint64_t>((row + u / kUnits) * columns);
+    uint32_t bits = 0;
+    if (run) {
+      bits = keep_bits(keep, start + static_cast<uint64_t>(first));
+    } else {
+      uint64_t group = ~uint64_t{0};
+      uint32_t byte = 0;
+#pragma unroll 1
+      for (int i = 0; i < valid; ++i) {
+        const uint64_t element = start + static_cast<uint64_t>(load_global(index + (c + i)));
+        if (element / 8 != group) {
+          group = element / 8;
+          byte = keep_byte(keep, group);
         }
+        bits |= (byte >> element % 8 & 1) << i;
       }
-      store_shared16<T>(unit + i, words);
     }
+    mask_unit<T>(tile + (u / kUnits * kStride + u % kUnits * kUnit), bits);
   }
 }
 

@@ -141,14 +141,17 @@ def constants(
 ) -> Constants:
     """Everything about a call that is no tensor, from arguments that were checked."""
     dtype = autocast_dtype(x) or x.dtype
+    backend, plan = registry.choose("lora_linear_group", x.device.type, dtype), registry.choose_plan(plan)
+    if backend == "cuda" and plan not in ("auto", "addmm"):
+        raise ValueError(f"lora_linear_group: plan must be auto or addmm for backend cuda, got {plan!r}")
     return Constants(
         tuple([float(scale) for scale in scales]),
         float(dropout_p) if dropout_p != 0.0 and rng.threshold(dropout_p) > 0 else 0.0,
         tuple(members),
         keep_input,
         dtype,
-        registry.choose("lora_linear_group", x.device.type, dtype),
-        registry.choose_plan(plan),
+        backend,
+        plan,
     )
 
 

@@ -19,10 +19,15 @@ extern "C" const char* large(const bf16* p, const bf16* h, const bf16* q, bool r
     const Matrix<const bf16> rows_p{p, M, C, 0, aligned}, rows_h{h, M, R, 0, false};
     const Matrix<const bf16> factor{q, rank_first ? R : C, rank_first ? C : R, rank_first ? C : R,
                                     rank_first && aligned};
-    project<bf16>(device, rows_p, factor, rank_first, R, 1.0f, dropout, xa - first * R, nullptr);
-    accumulate<bf16>(device, rows_h, factor, rank_first, dropout, nullptr, {out - first * C, M, C, C, aligned});
+    project<bf16>(device, rows_p, {{factor, R, 1.0f, 0, xa - first * R, R}}, rank_first, dropout, {}, nullptr, nullptr);
+    accumulate<bf16>(device, {{rows_h, factor, 0}}, rank_first, dropout, nullptr, true,
+                     {out - first * C, M, C, C, aligned});
+    OuterArgs<bf16> args{};
+    args.p = rows_p, args.count = args.rank_blocks = 1, args.members[0] = {rows_h, 0, parts - M / part * R * C};
+    args.rank_first = rank_first, args.part = part, args.keep = dropout.keep, args.seed = seed;
+    args.mask_columns = args.selected = C;
     launch(lora_linear_outer_kernel<bf16, 16>, {1, ceil_div(M, part)}, kThreads, OuterTiles<bf16, 16>::kSharedBytes,
-           nullptr, OuterArgs<bf16>{rows_p, rows_h, rank_first, part, dropout.keep, seed, parts - M / part * R * C});
+           nullptr, args);
     emulation::last_block_only() = false;
   });
 }
