@@ -189,6 +189,33 @@ def test_auto_takes_cuda_where_triton_is_not_installed(emulated, monkeypatch):
     assert registry.choose("dropkey_attention", "cuda", torch.bfloat16) == "reference"
 
 
+class OnGpu:
+    """As much of a CUDA tensor of n elements as the choice looks at."""
+
+    is_cuda = True
+
+    def __init__(self, n):
+        self.numel = lambda: n
+
+
+def test_auto_launches_from_cpp_where_a_gpu_would_wait_for_the_host(emulated, monkeypatch):
+    monkeypatch.setattr(registry, "_triton_installed", True)
+
+    def chosen(x, out_features, plan="auto"):
+        waits = registry.waits_for_host(x, out_features, plan)
+        return registry.choose("lora_linear_group", "cuda", torch.bfloat16, waits)
+
+    assert chosen(OnGpu(2048 * 4096), 4096) == "cuda"
+    assert chosen(OnGpu(2048 * 4096 + 1), 4096) == "triton"
+    assert chosen(OnGpu(8), 8, "fused") == "triton"
+    assert chosen(torch.empty(8), 8) == "triton"
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert chosen(OnGpu(8), 8) == "triton"
+    monkeypatch.undo()
+    monkeypatch.setattr(registry, "_triton_installed", True)
+    assert registry.choose("lora_linear_group", "cuda", torch.bfloat16, waits=True) != "cuda"  # not built
+
+
 def test_absence_is_explained(monkeypatch):
     monkeypatch.setattr(registry, "_cuda_missing", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

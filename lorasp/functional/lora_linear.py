@@ -85,7 +85,8 @@ def lora_linear(
     dropping = check_dropout("lora_linear", dropout_p)
     if plan not in registry.PLANS:
         raise ValueError(f"lora_linear: plan must be one of {', '.join(registry.PLANS)}, got {plan!r}")
-    backend, plan = registry.choose("lora_linear", device.type, dtype), registry.choose_plan(plan)
+    plan = registry.choose_plan(plan)
+    backend = registry.choose("lora_linear", device.type, dtype, registry.waits_for_host(x, n, plan))
     if backend == "cuda" and plan not in ("auto", "addmm"):
         raise ValueError(f"lora_linear: plan must be auto or addmm for backend cuda, got {plan!r}")
     return LoRALinearFunction.apply(

@@ -115,7 +115,7 @@ def lora_linear_group(
     if plan not in registry.PLANS:
         raise ValueError(f"{where}: plan must be one of {', '.join(registry.PLANS)}, got {plan!r}")
     check_dropout(where, dropout_p)
-    how = constants(x, scales, dropout_p, members, keep_input, plan)
+    how = constants(x, weights, scales, dropout_p, members, keep_input, plan)
     low_rank = [None if t is None else factor(t, how.dtype) for field in m[2:6] for t in field]
     rest = [*low_rank[2 * count :], *itertools.chain.from_iterable(m[6:])]
     return LoRALinearGroupFunction.apply(
@@ -137,11 +137,18 @@ class Constants(NamedTuple):
 
 
 def constants(
-    x: Tensor, scales: Sequence[float], dropout_p: float, members: Sequence[int], keep_input: bool, plan: str
+    x: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[float],
+    dropout_p: float,
+    members: Sequence[int],
+    keep_input: bool,
+    plan: str,
 ) -> Constants:
     """Everything about a call that is no tensor, from arguments that were checked."""
-    dtype = autocast_dtype(x) or x.dtype
-    backend, plan = registry.choose("lora_linear_group", x.device.type, dtype), registry.choose_plan(plan)
+    dtype, plan = autocast_dtype(x) or x.dtype, registry.choose_plan(plan)
+    waits = registry.waits_for_host(x, sum([weight.shape[0] for weight in weights]), plan)
+    backend = registry.choose("lora_linear_group", x.device.type, dtype, waits)
     if backend == "cuda" and plan not in ("auto", "addmm"):
         raise ValueError(f"lora_linear_group: plan must be auto or addmm for backend cuda, got {plan!r}")
     return Constants(

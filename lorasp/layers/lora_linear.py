@@ -14,6 +14,7 @@ from lorasp.functional.arguments import seed_tensor, surroundings
 from lorasp.functional.lora_linear_group import LoRALinearPartFunction, constants
 from lorasp.layers.adapted import AdaptedLinear
 from lorasp.layers.shared_input import SharedInput, linear_group
+from lorasp.ops import registry
 from lorasp.sharding import is_managed
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -226,11 +227,12 @@ class LoRALinear(AdaptedLinear):
             self.active_adapter, o.weight.dtype, o.weight.device, o.weight.shape, o.lora_A.dtype, o.lora_A.device,
             o.lora_A.shape, o.lora_B.dtype, o.lora_B.device, o.lora_B.shape,
             None if o.bias is None else (o.bias.dtype, o.bias.device, o.bias.shape),
+            registry.waits_for_host(x, o.weight.shape[0], "auto"),
         )  # fmt: skip
         checked, how = self._checked
         if found != checked or o.mask_A is not None or o.mask_B is not None:
             (y,) = linear_group(x, [o], [member], seed, keep_input)
-            how = constants(x, [o.scale], o.dropout_p, [member], keep_input, "auto")
+            how = constants(x, [o.weight], [o.scale], o.dropout_p, [member], keep_input, "auto")
             fits = {o.lora_A.dtype, o.lora_B.dtype} <= {how.dtype, torch.float32}
             self._checked = (found if fits else None), how
             return y

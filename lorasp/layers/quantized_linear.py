@@ -77,7 +77,8 @@ class QuantizedLoRALinearFunction(torch.autograd.Function):
         y = base.product(x, need_x)
         # Some products end in a view; autograd must not take y for one, or it could not be written to in place.
         y = torch.ops.aten._unsafe_view.default(y, y.shape)
-        backend = registry.choose("lora_update", y.device.type, y.dtype)
+        waits = registry.waits_for_host(x, y.shape[-1], "auto")
+        backend = registry.choose("lora_update", y.device.type, y.dtype, waits)
         factors = factor(lora_A, y.dtype), factor(lora_B, y.dtype)
         xa = update(y, x, *factors, seed, scale, dropout_p, 0, backend)
         standing = base.standing() if need_x else ((), None)

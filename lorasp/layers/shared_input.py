@@ -12,6 +12,7 @@ generator, do not depend on which outputs were computed together: a recompute (a
 otherwise than its forward did still computes the same function.
 """
 
+import itertools
 import threading
 import weakref
 from collections.abc import Sequence
@@ -24,9 +25,9 @@ from torch import Tensor, nn
 from lorasp.functional import Partial, lora_linear_group
 from lorasp.functional.arguments import seed_tensor, surroundings
 from lorasp.functional.lora_linear_group import Constants, LoRALinearGroupFunction, constants
+from lorasp.ops import registry
 
 _PLAIN = (Tensor, nn.Parameter)
-_WHOLE = (None,) * 8  # Operands from frozen_A on, where A and B train whole
 # A member whose output was computed and not taken counts a miss, +2; one taken counts -1; at _APART it runs apart.
 _MISS, _APART = 2, 4
 
@@ -227,22 +228,30 @@ class SharedInput:
         found = [
             order, x.shape[-1], x.dtype, x.device, round.surroundings, keep_input, one.dropout_p, one.weight.dtype,
             one.weight.device, one.lora_A.dtype, one.lora_A.device, one.lora_B.dtype, one.lora_B.device,
+            registry.waits_for_host(x, sum([o.weight.shape[0] for o in operands]), "auto"),
         ]  # fmt: skip
+        partial = False
         for o in operands:
-            if o[7:] != _WHOLE or o.packed is not None:
+            if o.packed is not None or o.mask_A is not None or o.mask_B is not None:
                 return linear_group(x, operands, order, round.seed, keep_input)
             found += (o.scale, o.weight.shape, o.lora_A.shape, o.lora_B.shape, None if o.bias is None else o.bias.shape)
+            if not _whole(o):
+                partial = True
+                found += [None if part is None else (part.shape, part.dtype, part.device) for part in o[7:13]]
         checked, how = self._checked
         if found != checked:
             ys = linear_group(x, operands, order, round.seed, keep_input)
-            how = constants(x, [o.scale for o in operands], one.dropout_p, order, keep_input, "auto")
+            weights, scales = [o.weight for o in operands], [o.scale for o in operands]
+            how = constants(x, weights, scales, one.dropout_p, order, keep_input, "auto")
             # fp32 masters or factors in the compute dtype are taken as they are; others are converted at every call.
-            fits = {one.lora_A.dtype, one.lora_B.dtype} <= {how.dtype, torch.float32}
-            self._checked = (found if fits else None), how
+            factors = [o.frozen_A for o in operands] + [o.frozen_B for o in operands] if partial else []
+            dtypes = {factor.dtype for factor in factors if factor is not None} | {one.lora_A.dtype, one.lora_B.dtype}
+            self._checked = (found if dtypes <= {how.dtype, torch.float32} else None), how
             return ys
+        rest = _by_field(operands) if partial else ()
         return LoRALinearGroupFunction.apply(
-            x, round.seed if how.dropout_p else None, None, how, *[o.weight for o in operands],
-            *[o.bias for o in operands], *[o.lora_A for o in operands], *[o.lora_B for o in operands],
+            x, round.seed if how.dropout_p else None, one.columns, how, *[o.weight for o in operands],
+            *[o.bias for o in operands], *[o.lora_A for o in operands], *[o.lora_B for o in operands], *rest,
         )  # fmt: skip
 
     def _fit(
@@ -295,9 +304,21 @@ class SharedInput:
             self._misses = [0] * len(self._misses)
 
 
+def _by_field(operands: Sequence[NamedTuple]) -> list[Tensor | None]:
+    """What LoRALinearGroupFunction takes beyond whole factors: frozen factors, rows and entries of every member, and
+    no masks or packed weights."""
+    parts = [(o.frozen_A, o.frozen_B, o.rows, o.entries_A, o.entries_B) for o in operands]
+    return [*itertools.chain.from_iterable(zip(*parts, strict=True)), *[None] * (4 * len(operands))]
+
+
+def _whole(o: NamedTuple) -> bool:
+    """Whether A and B train whole, without masks. By identity: tensors would be compared by value."""
+    return o.frozen_A is o.frozen_B is o.columns is o.rows is o.entries_A is o.entries_B is o.mask_A is o.mask_B is None
+
+
 def _state(operands: NamedTuple) -> tuple:
     """What may change of operands that stay the same objects: whether any requires grad, then versions and flags."""
-    weight, bias, lora_A, lora_B, *rest = operands[:4] if operands[7:] == _WHOLE else (*operands[:4], *operands[7:])
+    weight, bias, lora_A, lora_B, *rest = operands[:4] if _whole(operands) else (*operands[:4], *operands[7:])
     state = (
         weight.requires_grad, lora_A.requires_grad, lora_B.requires_grad, bias is not None and bias.requires_grad,
     )  # fmt: skip
