@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lorasp import rng
 from lorasp.functional.arguments import autocast_dtype, check_dropout, check_tensor, compute_dtypes, factor, seed_tensor
 from lorasp.ops import registry
 from lorasp.ops.lora_linear import LoRALinearFunction
@@ -82,15 +83,33 @@ def lora_linear(
         check_tensor("lora_linear", "mask_B", mask_B, (n, r), "({0}, {1})", (torch.bool,), device)
     if not isinstance(scale, int | float) or not -math.inf < scale < math.inf:
         raise ValueError(f"lora_linear: scale must be a finite number, got {scale!r}")
-    dropping = check_dropout("lora_linear", dropout_p)
+    check_dropout("lora_linear", dropout_p)
     if plan not in registry.PLANS:
         raise ValueError(f"lora_linear: plan must be one of {', '.join(registry.PLANS)}, got {plan!r}")
-    plan = registry.choose_plan(plan)
-    backend = registry.choose("lora_linear", device.type, dtype, registry.waits_for_host(x, n, plan))
-    if backend == "cuda" and plan not in ("auto", "addmm"):
-        raise ValueError(f"lora_linear: plan must be auto or addmm for backend cuda, got {plan!r}")
+    how = constants(x, weight, scale, dropout_p, plan)
     return LoRALinearFunction.apply(
         x, weight, bias, factor(lora_A, dtype), factor(lora_B, dtype), mask_A, mask_B,
-        seed_tensor("lora_linear", seed, device) if dropping else None, *(packed or (None, None)), float(scale),
-        float(dropout_p) if dropping else 0.0, 0, dtype, backend, plan,
+        seed_tensor("lora_linear", seed, device) if how.dropout_p else None, *(packed or (None, None)), how.scale,
+        how.dropout_p, 0, dtype, how.backend, how.plan,
     )  # fmt: skip
+
+
+class Constants(NamedTuple):
+    """What LoRALinearFunction takes besides tensors."""
+
+    scale: float
+    dropout_p: float
+    dtype: torch.dtype
+    backend: str
+    plan: str
+
+
+def constants(x: Tensor, weight: Tensor, scale: float, dropout_p: float, plan: str) -> Constants:
+    """Everything about a call that is no tensor, from arguments that were checked."""
+    dtype, plan = autocast_dtype(x) or x.dtype, registry.choose_plan(plan)
+    waits = registry.waits_for_host(x, weight.shape[0], plan)
+    backend = registry.choose("lora_linear", x.device.type, dtype, waits)
+    if backend == "cuda" and plan not in ("auto", "addmm"):
+        raise ValueError(f"lora_linear: plan must be auto or addmm for backend cuda, got {plan!r}")
+    dropping = dropout_p != 0.0 and rng.threshold(dropout_p) > 0
+    return Constants(float(scale), float(dropout_p) if dropping else 0.0, dtype, backend, plan)

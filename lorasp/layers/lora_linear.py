@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from lorasp.config import LoRAConfig, PartialConfig, check_adapter
 from lorasp.functional import PackedWeight, lora_linear, pack_weight
 from lorasp.functional.arguments import seed_tensor, surroundings
+from lorasp.functional.lora_linear import constants as whole_constants
 from lorasp.functional.lora_linear_group import LoRALinearPartFunction, constants
 from lorasp.layers.adapted import AdaptedLinear
 from lorasp.layers.shared_input import SharedInput, linear_group
 from lorasp.ops import registry
+from lorasp.ops.lora_linear import LoRALinearFunction
 from lorasp.sharding import is_managed
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -209,26 +211,52 @@ class LoRALinear(AdaptedLinear):
         if o is None:
             return self._frozen(x)
         if o.columns is o.rows is o.entries_A is o.entries_B is None and member == 0:
-            return lora_linear(
-                x, o.weight, o.lora_A, o.lora_B, o.bias, scale=o.scale, dropout_p=o.dropout_p, seed=seed,
-                mask_A=o.mask_A, mask_B=o.mask_B, packed=o.packed,
-            )  # fmt: skip
+            return self._compute_whole(x, o, seed)
         # Traced members would keep a copy of x[:, J] each: x itself is no more than two of them.
         keep_input = self.keep_input or (self.shared_input is not None and torch.compiler.is_compiling())
         return self._compute_part(x, o, seed, member, keep_input)
+
+    def _compute_whole(self, x: Tensor, o: Operands, seed: Tensor | None) -> Tensor:
+        """lora_linear of this layer; what it checks is not checked again while sizes, dtypes and devices stay."""
+        if torch.compiler.is_compiling() or o.packed is not None or o.mask_A is not None or o.mask_B is not None:
+            return self._lora_linear(x, o, seed)
+        found = isinstance(x, Tensor) and self._found(x, o)
+        checked, how = self._checked
+        if found != checked:
+            y = self._lora_linear(x, o, seed)
+            how = whole_constants(x, o.weight, o.scale, o.dropout_p, "auto")
+            fits = {o.lora_A.dtype, o.lora_B.dtype} <= {how.dtype, torch.float32}
+            self._checked = (found if fits else None), how
+            return y
+        if how.dropout_p:
+            seed = seed_tensor("LoRALinear", seed, x.device)
+        return LoRALinearFunction.apply(
+            x, o.weight, o.bias, o.lora_A, o.lora_B, None, None, seed if how.dropout_p else None, None, None,
+            how.scale, how.dropout_p, 0, how.dtype, how.backend, how.plan,
+        )  # fmt: skip
+
+    def _lora_linear(self, x: Tensor, o: Operands, seed: Tensor | None) -> Tensor:
+        return lora_linear(
+            x, o.weight, o.lora_A, o.lora_B, o.bias, scale=o.scale, dropout_p=o.dropout_p, seed=seed,
+            mask_A=o.mask_A, mask_B=o.mask_B, packed=o.packed,
+        )  # fmt: skip
+
+    def _found(self, x: Tensor, o: Operands, *more: object) -> tuple:
+        """All that a call's checks and its constants depend on."""
+        return (
+            x.dtype, x.device, x.shape[-1:], surroundings(x), o.scale, o.dropout_p, self.active_adapter,
+            o.weight.dtype, o.weight.device, o.weight.shape, o.lora_A.dtype, o.lora_A.device, o.lora_A.shape,
+            o.lora_B.dtype, o.lora_B.device, o.lora_B.shape,
+            None if o.bias is None else (o.bias.dtype, o.bias.device, o.bias.shape),
+            registry.waits_for_host(x, o.weight.shape[0], "auto"), *more,
+        )  # fmt: skip
 
     def _compute_part(self, x: Tensor, o: Operands, seed: Tensor | None, member: int, keep_input: bool) -> Tensor:
         """linear_group of this layer; what it checks is not checked again while sizes, dtypes and devices stay."""
         bias_trains = o.bias is not None and o.bias.requires_grad
         if torch.compiler.is_compiling() or o.packed is not None or o.weight.requires_grad or bias_trains:
             return linear_group(x, [o], [member], seed, keep_input)[0]
-        found = isinstance(x, Tensor) and (
-            x.dtype, x.device, x.shape[-1:], surroundings(x), keep_input, member, o.scale, o.dropout_p,
-            self.active_adapter, o.weight.dtype, o.weight.device, o.weight.shape, o.lora_A.dtype, o.lora_A.device,
-            o.lora_A.shape, o.lora_B.dtype, o.lora_B.device, o.lora_B.shape,
-            None if o.bias is None else (o.bias.dtype, o.bias.device, o.bias.shape),
-            registry.waits_for_host(x, o.weight.shape[0], "auto"),
-        )  # fmt: skip
+        found = isinstance(x, Tensor) and self._found(x, o, keep_input, member)
         checked, how = self._checked
         if found != checked or o.mask_A is not None or o.mask_B is not None:
             (y,) = linear_group(x, [o], [member], seed, keep_input)
