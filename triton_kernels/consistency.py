@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import check_operand, device_of, launch
-from .tuning import next_power_of_two
+from .launch import Launch, check_operand, device_of, per_shape
+from .tuning import ceil_div, next_power_of_two
 
 _STATS = 6
 _MOST_FORWARD, _MOST_BACKWARD = 4096, 2048  # entries of one block
@@ -143,15 +143,23 @@ def forward(logits: Tensor, other: Tensor, mask: Tensor | None, kind: str) -> tu
         return rows, stats
     logits, other = _with_unit_stride(logits), _with_unit_stride(other)
     mask = _bytes(mask)
+    run = _forward_launch((B, T, V), logits.stride(), other.stride(), kind, mask is not None)
+    with device_of(logits):
+        run(logits, other, mask, rows, stats)
+    return rows, stats
+
+
+@per_shape
+def _forward_launch(shape, strides, other_strides, kind, masked) -> Launch:
+    """(logits, other, mask, rows, stats)"""
+    B, T, V = shape
     arguments = {
-        "a_ptr": logits, "b_ptr": other, "mask_ptr": mask, "rows_ptr": rows, "stats_ptr": stats, "T": T, "V": V,
-        "stride_ab": logits.stride(0), "stride_at": logits.stride(1), "stride_bb": other.stride(0),
-        "stride_bt": other.stride(1), "SYMMETRIC": kind == "kl", "HAS_MASK": mask is not None,
+        "T": T, "V": V, "stride_ab": strides[0], "stride_at": strides[1], "stride_bb": other_strides[0],
+        "stride_bt": other_strides[1], "SYMMETRIC": kind == "kl", "HAS_MASK": masked,
         "BLOCK_V": min(_MOST_FORWARD, max(16, next_power_of_two(V))),
     }  # fmt: skip
-    with device_of(logits):
-        launch(_consistency_fwd_kernel, (B * T,), arguments, num_warps=8, num_stages=2)
-    return rows, stats
+    free = ("a_ptr", "b_ptr", "mask_ptr", "rows_ptr", "stats_ptr")
+    return Launch(_consistency_fwd_kernel, (B * T,), arguments, free, num_warps=8, num_stages=2)
 
 
 def backward(
@@ -189,19 +197,29 @@ def _gradients(drows, logits, other, stats, mask, kind, dlogits, dother) -> None
     if B * T == 0:
         return
     mask = _bytes(mask)
-    block = min(_MOST_BACKWARD, max(16, next_power_of_two(V)))
-    arguments = {
-        "drows_ptr": drows.contiguous(), "a_ptr": logits, "b_ptr": other, "stats_ptr": stats.contiguous(),
-        "mask_ptr": mask, "da_ptr": dlogits, "db_ptr": dother, "T": T, "V": V, "stride_ab": logits.stride(0),
-        "stride_at": logits.stride(1), "stride_bb": other.stride(0), "stride_bt": other.stride(1),
-        "stride_dab": 0 if dlogits is None else dlogits.stride(0),
-        "stride_dat": 0 if dlogits is None else dlogits.stride(1),
-        "stride_dbb": 0 if dother is None else dother.stride(0),
-        "stride_dbt": 0 if dother is None else dother.stride(1), "SYMMETRIC": kind == "kl",
-        "HAS_MASK": mask is not None, "NEED_A": dlogits is not None, "NEED_B": dother is not None, "BLOCK_V": block,
-    }  # fmt: skip
+    run = _gradients_launch(
+        (B, T, V), logits.stride(), other.stride(), None if dlogits is None else dlogits.stride(),
+        None if dother is None else dother.stride(), kind, mask is not None,
+    )  # fmt: skip
     with device_of(logits):
-        launch(_consistency_bwd_kernel, (B * T * triton.cdiv(V, block),), arguments, num_warps=4, num_stages=1)
+        run(drows.contiguous(), logits, other, stats.contiguous(), mask, dlogits, dother)
+
+
+@per_shape
+def _gradients_launch(shape, strides, other_strides, da_strides, db_strides, kind, masked) -> Launch:
+    """(drows, logits, other, stats, mask, dlogits, dother)"""
+    B, T, V = shape
+    block = min(_MOST_BACKWARD, max(16, next_power_of_two(V)))
+    (da_b, da_t), (db_b, db_t) = (s[:2] if s else (0, 0) for s in (da_strides, db_strides))
+    arguments = {
+        "T": T, "V": V, "stride_ab": strides[0], "stride_at": strides[1], "stride_bb": other_strides[0],
+        "stride_bt": other_strides[1], "stride_dab": da_b, "stride_dat": da_t, "stride_dbb": db_b, "stride_dbt": db_t,
+        "SYMMETRIC": kind == "kl", "HAS_MASK": masked, "NEED_A": da_strides is not None,
+        "NEED_B": db_strides is not None, "BLOCK_V": block,
+    }  # fmt: skip
+    free = ("drows_ptr", "a_ptr", "b_ptr", "stats_ptr", "mask_ptr", "da_ptr", "db_ptr")
+    grid = (B * T * ceil_div(V, block),)
+    return Launch(_consistency_bwd_kernel, grid, arguments, free, num_warps=4, num_stages=1)
 
 
 def _with_unit_stride(x: Tensor) -> Tensor:

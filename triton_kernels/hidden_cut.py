@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import philox
-from .launch import check_operand, device_of, launch
-from .tuning import next_power_of_two
+from .launch import Launch, check_operand, device_of, per_shape
+from .tuning import ceil_div, next_power_of_two
 
 _PURPOSE = tl.constexpr(2)
 _TILE = 2048  # elements of a program: 16 of each of its 128 threads
@@ -76,30 +76,41 @@ def _cut(x, residual, seed, p, pattern, dtype) -> Tensor:
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     if out.numel() == 0:
         return out
-    B, S, F = x.shape
-    length = 0 if p == 0.0 else min(S - 1, max(1, int(p * S)))
-    places = S - length + 1
     x = _with_unit_stride(x)
     residual = None if residual is None else _with_unit_stride(residual)
-    flat = pattern == "element" and x.is_contiguous() and (residual is None or residual.is_contiguous())
+    run = _launch(
+        tuple(x.shape), x.stride(), None if residual is None else residual.stride(), p, pattern,
+        x.is_contiguous() and (residual is None or residual.is_contiguous()),
+    )  # fmt: skip
+    with device_of(x):
+        run(x, residual, out, seed)
+    return out
+
+
+@per_shape
+def _launch(shape, strides, residual_strides, p, pattern, contiguous) -> Launch:
+    """(x, residual, out, seed); contiguous: x and residual."""
+    B, S, F = shape
+    length = 0 if p == 0.0 else min(S - 1, max(1, int(p * S)))
+    places = S - length + 1
+    flat = pattern == "element" and contiguous
     if flat:  # one row: every tile starts at a multiple of eight elements
-        B, S, F = 1, 1, x.numel()
-        x, residual = (None if t is None else t.view(1, 1, F) for t in (x, residual))
+        B, S, F = 1, 1, B * S * F
+        strides, residual_strides = (F, F, 1), residual_strides and (F, F, 1)
     block_f = min(_TILE, max(16, next_power_of_two(F)))
     block_m = min(_TILE // block_f, next_power_of_two(B * S))
     t = round(p * 65536)
     arguments = {
-        "x_ptr": x, "residual_ptr": residual, "out_ptr": out, "seed_ptr": seed, "rows": B * S, "S": S, "F": F,
-        "stride_xb": x.stride(0), "stride_xs": x.stride(1),
-        "stride_rb": 0 if residual is None else residual.stride(0),
-        "stride_rs": 0 if residual is None else residual.stride(1),
-        "threshold": t, "rescale": 65536.0 / max(65536 - t, 1), "length": length, "places": places, "PATTERN": pattern,
-        "HAS_RESIDUAL": residual is not None, "ALIGNED": flat or F % 8 == 0, "BLOCK_M": block_m, "BLOCK_F": block_f,
+        "rows": B * S, "S": S, "F": F, "stride_xb": strides[0], "stride_xs": strides[1],
+        "stride_rb": residual_strides[0] if residual_strides else 0,
+        "stride_rs": residual_strides[1] if residual_strides else 0, "threshold": t,
+        "rescale": 65536.0 / max(65536 - t, 1), "length": length, "places": places, "PATTERN": pattern,
+        "HAS_RESIDUAL": residual_strides is not None, "ALIGNED": flat or F % 8 == 0, "BLOCK_M": block_m,
+        "BLOCK_F": block_f,
     }  # fmt: skip
-    grid = (triton.cdiv(B * S, block_m) * triton.cdiv(F, block_f),)
-    with device_of(x):
-        launch(_hidden_cut_kernel, grid, arguments, num_warps=4, num_stages=1)
-    return out
+    grid = (ceil_div(B * S, block_m) * ceil_div(F, block_f),)
+    free = ("x_ptr", "residual_ptr", "out_ptr", "seed_ptr")
+    return Launch(_hidden_cut_kernel, grid, arguments, free, num_warps=4, num_stages=1)
 
 
 def _with_unit_stride(x: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ def test_key_lists(pattern, p, Sk):
     """Kept keys in order, then the dropped ones; rank counts the kept keys before each."""
     B, H = 2, 3
     q, k, v, _ = tensors(B, H, H, Sk=Sk, D=1, DV=1)
-    call = kernels._Call.of(q, k, v, None, torch.tensor(SEED), p, pattern, False, 1.0)
+    call = kernels.Call.of(q, k, v, None, torch.tensor(SEED), p, pattern, False, 1.0)
     if pattern == "span" and Sk == 1:
         assert call.index is call.rank is None
         return
@@ -155,7 +155,7 @@ def test_additive_masks_of_every_shape(broadcast):
 @pytest.mark.parametrize("wide", [False, True])
 def test_any_strides(wide, monkeypatch):
     """Slices, expanded heads and a last dimension that is not contiguous; gradients are laid out as empty_like."""
-    monkeypatch.setattr(kernels, "_spans_wide", lambda mask: wide)
+    monkeypatch.setattr(kernels.prepared, "_spans_wide", lambda mask: wide)
     q, k, v, do = tensors(H=4, Hkv=4)
     q = torch.cat([q, q], 3)[..., ::2]
     k = k.mT.contiguous().mT
