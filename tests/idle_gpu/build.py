@@ -42,15 +42,13 @@ def roots() -> list[Path]:
 
 
 def headers() -> list[Path]:
-    """Folders with the headers of the CUDA version that this is written for. Raises Unbuildable where there are none."""
+    """Folders with the headers of CUDA 13. Raises Unbuildable where there are none."""
     found = [root / "include" for root in roots()]
     runtime = [folder for folder in found if _version(folder / "cuda_runtime_api.h") == MAJOR]
     # pip's cuda-runtime lacks crt/, which comes with nvcc.
     compilers = [folder for folder in found if (folder / "crt" / "host_defines.h").exists()]
     if not runtime or not compilers:
-        raise Unbuildable(
-            f"no headers of CUDA {MAJOR}: neither CUDA_HOME, nor nvcc's folder, nor pip's nvidia packages"
-        )
+        raise Unbuildable(f"no headers of CUDA {MAJOR}: not in CUDA_HOME, beside nvcc or in pip's nvidia packages")
     return list(dict.fromkeys([runtime[0], *compilers]))
 
 

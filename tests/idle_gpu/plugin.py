@@ -19,12 +19,20 @@ class WrongShape(Exception):
 def judge_shapes_only() -> None:
     """Comparisons of what a kernel computed compare its shape; to be called before modules that import them."""
     import lorasp.testing
+    from lorasp.bench import workloads
     from lorasp.testing import rule
 
     def error(actual, reference64):
-        if actual.shape != reference64.shape:
+        if reference64 is not None and actual.shape != reference64.shape:
             raise WrongShape(f"{tuple(actual.shape)} instead of {tuple(reference64.shape)}")
         return 0.0
+
+    def expected(*args):
+        """A boolean mask of the device selects nobody knows how many: then shapes are not judged either."""
+        try:
+            return of_reference(*args)
+        except RuntimeError:
+            return collections.defaultdict(lambda: None)
 
     def on_host_only(compare, same):
         """`same` where a tensor of the device is compared."""
@@ -39,6 +47,7 @@ def judge_shapes_only() -> None:
 
         return compared
 
+    of_reference, workloads._expected = workloads._expected, expected
     rule.error = lorasp.testing.error = error
     rule.bound = lorasp.testing.bound = lambda *args: 0.0
     torch.equal, torch.allclose = on_host_only(torch.equal, True), on_host_only(torch.allclose, True)

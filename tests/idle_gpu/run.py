@@ -11,6 +11,7 @@ processes; IDLE_GPU_TRACE=1: every launch on stderr. Triton and Inductor get cac
 Needs torch built for CUDA 13 with its libraries, CUDA's headers and a C++ compiler.
 """
 
+import atexit
 import os
 import runpy
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
 INSIDE = "IDLE_GPU_LIBRARIES"
+NOTICE = "idle GPU: nothing is computed; no value and no time of this run is a GPU's, no comparison counts"
 
 
 def environment(libraries: Path) -> dict[str, str]:
@@ -53,11 +55,12 @@ def main() -> None:
             libraries = build.build()
         except build.Unbuildable as reason:
             sys.exit(f"idle GPU: {reason}")
-        print("idle GPU: nothing is computed; no value and no time of this run is a GPU's", file=sys.stderr, flush=True)
+        print(NOTICE, file=sys.stderr, flush=True)
         os.execve(sys.executable, [sys.executable, __file__, *arguments], environment(libraries))
     from idle_gpu.plugin import judge_shapes_only
 
     judge_shapes_only()
+    atexit.register(print, NOTICE, file=sys.stderr)
     if arguments[0] == "-m":
         sys.path[0] = os.getcwd()
         sys.argv = arguments[1:]
