@@ -35,6 +35,7 @@ def environment(libraries: Path) -> dict[str, str]:
         "LD_PRELOAD": before("LD_PRELOAD", ":".join(str(libraries / name) for name in LIBRARIES)),
         "LD_LIBRARY_PATH": before("LD_LIBRARY_PATH", str(libraries)),
         "TRITON_LIBCUDA_PATH": str(libraries),
+        "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1",  # cuDNN does not start here, and torch would take its attention first
         "PYTEST_PLUGINS": before("PYTEST_PLUGINS", "idle_gpu.plugin", ","),
         "PYTHONPATH": before("PYTHONPATH", str(TESTS)),
     }
