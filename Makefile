@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # The CPU build of torch on Linux; an unpinned torch pulls several GB of CUDA packages.
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml
 
-.PHONY: demo test bench gpu gpu-build gpu-test gpu-bench gpu-attention gpu-models gpu-tune gpu-tune-tiles gpu-sanitize lint format info clean
+.PHONY: demo test bench gpu gpu-build gpu-test gpu-bench gpu-attention gpu-models gpu-tune gpu-tune-tiles gpu-sanitize gpu-rehearsal lint format info clean
 .DEFAULT_GOAL := test
 
 $(BIN)/python:
@@ -70,6 +70,11 @@ gpu-tune-tiles:
 gpu-sanitize:
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) -m lorasp check --device cuda --backend triton cuda
 	compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) -m lorasp check --device cuda --backend triton cuda --dtype bf16
+
+# Without a GPU, but with a CUDA build of torch and nvcc: the gpu tests on a device that computes nothing (tests/idle_gpu).
+gpu-rehearsal:
+	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --no-index -e .
+	$(PYTHON) tests/idle_gpu/run.py -m pytest -q -m gpu -rfE tests
 
 $(VENV)/.linters: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'ruff>=0.9' 'clang-format>=19'

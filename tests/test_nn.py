@@ -53,6 +53,15 @@ def test_computes_the_formula(dtype, adapter_dtype, bias):
     assert actual[2].dtype == actual[3].dtype == (adapter_dtype or dtype)
 
 
+def test_no_call_asks_whether_autocast_is_available(monkeypatch):
+    """Dynamo of torch 2.11 cannot trace that question: no layer compiled into one graph there."""
+    monkeypatch.delattr(torch.amp, "is_autocast_available")
+    x = torch.randn(5, K)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer_with_values()(x).dtype == torch.bfloat16
+    assert layer_with_values()(x).dtype == torch.float32
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("freeze_A", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -10,12 +10,16 @@ from lorasp.ops import registry
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _HALVES = (torch.bfloat16, torch.float16)
+# Asked once: Dynamo of torch 2.11 cannot trace the question.
+_AUTOCAST_DEVICES = frozenset(
+    filter(torch.amp.is_autocast_available, ("cpu", "cuda", "hpu", "maia", "mps", "mtia", "xla", "xpu"))
+)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast would have torch.nn.functional.linear compute in; None where it leaves x alone."""
     device_type = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device_type):
+    if x.dtype == torch.float64 or device_type not in _AUTOCAST_DEVICES:
         return None
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 

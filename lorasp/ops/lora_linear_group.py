@@ -10,7 +10,6 @@ Member i's dropout mask takes members[i] as a counter word of the group's one se
 nothing in backward. Sources: LoRA arXiv 2106.09685; LoRA-FA arXiv 2308.03303; LoRA-SP arXiv 2403.08822.
 """
 
-import itertools
 from typing import NamedTuple
 
 import torch
@@ -157,7 +156,8 @@ class LoRALinearGroupFunction(torch.autograd.Function):
         saved = [xa if trains else None for xa, trains in zip(xas, need_Bs, strict=True)]
         saved += [*(m.weights if need_x else nothing), *lora]
         if not whole:
-            saved += itertools.chain.from_iterable(m[4:9] if needed else (nothing,) * 5)
+            parts = m[4:9] if needed else (nothing,) * 5
+            saved += [tensor for part in parts for tensor in part]  # Dynamo of torch 2.11 refuses an iterator
             saved += [mask if trains else None for mask, trains in zip(m.mask_As, need_As, strict=True)]
             saved += [mask if trains else None for mask, trains in zip(m.mask_Bs, need_Bs, strict=True)]
             saved += m.packed_backward if need_x else nothing
