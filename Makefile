@@ -33,7 +33,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m lorasp bench --out $(OUT)
 
 # On a machine with a GPU, in the current Python environment and without network: build for that GPU, run the tests that
-# need one, then the benchmarks. Each gpu-* target fits into ten minutes of an H200 and can be called alone.
+# need one, then the benchmarks. Each gpu-* target can be called alone; none has run on hardware yet.
 gpu: gpu-build gpu-test gpu-bench gpu-attention gpu-models
 
 gpu-build:

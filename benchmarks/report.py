@@ -246,6 +246,21 @@ def small_operators(results: Results) -> str:
     )
 
 
+def host_time(results: Results) -> str:
+    """CPU time of one layer's forward + backward over PEFT's with bf16 adapters, on a device that computes nothing."""
+    names = ("linear", "peft-half+fa", "aten", "lorasp", "lorasp+fa", "lorasp+sp", "lorasp:triton")
+    heads = ("nn.Linear", "PEFT, A frozen", "ATen by hand", "lorasp LoRA", "LoRA-FA", "LoRA-SP", "LoRA, Triton forced")
+    found = {
+        (row["dropout_p"], row["provider"]): rounded(row["to_peft_half"], 2)
+        for row in results.rows("host_time-idle-gpu-computes-nothing-amd-epyc-bfloat16")
+        if row["members"] == "1" and row["mode"] == "forward+backward"
+    }
+    lines = [
+        [title, *(found[p, name] for name in names)] for p, title in (("0.0", "no dropout"), ("0.1", "dropout 0.1"))
+    ]
+    return table(["", *heads], lines)
+
+
 def _rows_if_any(results: Results, kind: str) -> Rows:
     return results.rows(kind) if kind in results.paths else []
 
@@ -328,6 +343,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
                                                               f"-{XEON}-float32"))
     ),
     "small-operators": small_operators,
+    "host-time": host_time,
     **{name: functools.partial(picture, name=name) for name in PLOTS},
 }  # fmt: skip
 
