@@ -25,7 +25,7 @@ _STEPS = (
 )
 # Tiles and code are mostly those of sm_90: what is left to see is whether an architecture's registers hold them.
 _OTHER_STEPS = (
-    *itertools.product((torch.bfloat16,), (_TRAINING, _WIDE_RANK, _DECODING, _ODD), ("ieee",)),
+    *itertools.product((torch.bfloat16,), (_TRAINING, _WIDE_RANK, _ODD), ("ieee",)),
     *itertools.product((torch.float32,), (_WIDE_RANK, _ODD), ("ieee",)),
 )
 # (M, K, members' N, members' R), dropout: all of them for a selection of features, plan fused.
