@@ -143,7 +143,7 @@ def parser() -> argparse.ArgumentParser:
         "check", help="compare the backends with the fp64 reference on this machine; exit code 1 if one disagrees"
     )
     check.add_argument("--op", nargs="+", metavar="NAME", help=f"default: {', '.join(_operators())}")
-    check.add_argument("--backend", nargs="+", metavar="NAME", help="reference, cpp, triton, auto (default: all here)")
+    check.add_argument("--backend", nargs="+", metavar="NAME", help="reference, cpp, triton, cuda, auto (default: all)")
     check.add_argument(
         "--shapes",
         nargs="+",
