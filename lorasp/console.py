@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -38,7 +39,8 @@ def quiet_imports() -> Iterator[None]:
 def progress(text: str) -> None:
     """One line on a terminal's stderr that the next one replaces; nothing where stderr is a file."""
     if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+        fits = text[: shutil.get_terminal_size().columns - 1]  # a wrapped line would not be replaced
+        print(f"\r\033[K{fits}", end="", file=sys.stderr, flush=True)
 
 
 def rich_console():

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from lorasp import cli, demo
+from lorasp import cli, console, demo
 from lorasp.ops import lora_linear, registry
 
 
@@ -189,3 +189,13 @@ def test_demo_measures_the_same_model_six_ways():
     assert hiddenkey.held_out[-1] != lora.held_out[-1]
     # The same function, trained alike: closer to PEFT than freezing A is.
     assert abs(lora.held_out[-1][1] - peft.held_out[-1][1]) < abs(fa.held_out[-1][1] - peft.held_out[-1][1])
+
+
+def test_progress_is_one_line_that_a_terminal_can_replace(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "20")
+    console.progress("a" * 50)
+    assert capsys.readouterr().err == "\r\033[K" + "a" * 19
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    console.progress("a")
+    assert capsys.readouterr().err == ""

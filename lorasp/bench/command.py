@@ -1,13 +1,12 @@
 """`lorasp bench`: shapes and providers from the command line, results to screen, csv and plot."""
 
 import argparse
-import sys
 from dataclasses import replace
 
 import torch
 
 from lorasp import bench, console, info
-from lorasp.bench import Provider, Shape, report, targets, workloads
+from lorasp.bench import Provider, Shape, report, session, targets, workloads
 from lorasp.console import UsageError
 
 # M of the models' layers on a CPU, where their GPU micro-batch would take minutes per sample.
@@ -56,17 +55,10 @@ def run(options: argparse.Namespace) -> int:
     """
     if not 0.0 <= options.dropout < 1.0:
         raise UsageError(f"--dropout must be in [0, 1), got {options.dropout}")
-    device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = session.device_of(options)
     shapes, providers = choose_shapes(options, device), choose_providers(options, device)
-    console.make_folder(options.out)
-    if options.threads:
-        torch.set_num_threads(options.threads)
     machine = info.device_name(device)
-    versions = info.versions()
-    rules = bench.pin_malloc() if device.type == "cpu" else "L2 overwritten before every call"
-    print(machine)
-    print(f"torch {versions['torch']}, lorasp {versions['lorasp']} {versions['commit']}".rstrip())
-    print(rules)
+    environment = session.begin(options.out, machine, session.timing_rules(device))
     dtype = str(options.dtype).removeprefix("torch.")
     results = []
     try:
@@ -80,27 +72,18 @@ def run(options: argparse.Namespace) -> int:
                 print(f"  {target}")
             results.append(result)
     except AssertionError as error:
-        print(f"lorasp bench: wrong result, nothing is timed: {error}", file=sys.stderr)
-        return 1
+        return session.wrong(error)
     sets = [*set_names(options, device), *["own"] * bool(options.mknr)]
-    environment = {"device": machine, **versions, "rules": rules}
     path = options.out / f"{report.stem(sets, machine, dtype, options.dropout, options.members)}.csv"
-    report.write_csv(path, results, environment)
-    print(f"wrote {path}")
-    _plot(path, results, machine, dtype, options.dropout, versions)
+    measurements = [m for result in results for m in result.measurements]
+    drop = f"dropout {options.dropout:g}" if options.dropout else "no dropout"
+    subtitle = f"{dtype}, {drop}; {session.made_with(environment)}"
+    nothing = all(m.provider.kind == bench.BASE for m in measurements)
+    session.finish(
+        path, [report.csv_row(m) for m in measurements], environment,
+        None if nothing else lambda picture: report.plot(picture, results, machine, subtitle),
+    )  # fmt: skip
+    if nothing:
+        print("no plot: nothing but the frozen nn.Linear could be measured")
     refused = {provider for result in results for provider in result.unavailable}
     return 2 if options.providers and refused else 0
-
-
-def _plot(path, results, machine, dtype, dropout_p, versions) -> None:
-    if all(m.provider.kind == bench.BASE for result in results for m in result.measurements):
-        print("no plot: nothing but the frozen nn.Linear could be measured")
-        return
-    drop = f"dropout {dropout_p:g}" if dropout_p else "no dropout"
-    subtitle = f"{dtype}, {drop}; torch {versions['torch']}, lorasp {versions['lorasp']} {versions['commit']}".rstrip()
-    try:
-        report.plot(path.with_suffix(".png"), results, machine, subtitle)
-    except ImportError as error:
-        print(f'no plot: {error}: pip install "lorasp[bench]"')
-        return
-    print(f"wrote {path.with_suffix('.png')}")

@@ -1,16 +1,11 @@
 """What `lorasp bench` shows of HiddenKey's operators: a table per shape, one csv, and time against drop rate."""
 
 import argparse
-import csv
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
-from lorasp import bench, console, info
-from lorasp.bench import attention, hiddenkey, report
+from lorasp import console, info
+from lorasp.bench import attention, hiddenkey, report, session
 from lorasp.bench.hiddenkey import Contest
 from lorasp.console import UsageError
 
@@ -33,14 +28,9 @@ def run(options: argparse.Namespace) -> int:
     rates = tuple(options.rates or hiddenkey.RATES)
     if not all(0.0 <= rate < 1.0 for rate in rates):
         raise UsageError(f"--rates must be in [0, 1), got {list(rates)}")
-    device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    console.make_folder(options.out)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    machine, versions = info.device_name(device), info.versions()
-    rules = bench.pin_malloc() if device.type == "cpu" else "L2 overwritten before every call"
-    print(machine)
-    print(f"torch {versions['torch']}, lorasp {versions['lorasp']} {versions['commit']}".rstrip())
+    device = session.device_of(options)
+    machine = info.device_name(device)
+    environment = session.begin(options.out, machine, session.timing_rules(device))
     contests = []
     try:
         for contest in hiddenkey.run(
@@ -50,19 +40,19 @@ def run(options: argparse.Namespace) -> int:
             print_contest(contest)
             contests.append(contest)
     except AssertionError as error:
-        print(f"lorasp bench: wrong result, nothing is timed: {error}", file=sys.stderr)
-        return 1
+        return session.wrong(error)
     kind = ["causal"] * options.causal
     dtype = str(options.dtype).removeprefix("torch.")
     path = options.out / f"{report.stem(kind, machine, dtype, 0.0, op=options.op)}.csv"
-    write_csv(path, contests, {"device": machine, **versions, "rules": rules})
-    print(f"wrote {path}")
-    if options.op == "dropkey_attention":
-        try:
-            plot(path.with_suffix(".png"), contests, machine, versions)
-            print(f"wrote {path.with_suffix('.png')}")
-        except ImportError as error:
-            print(f'no plot: {error}: pip install "lorasp[bench]"')
+    rows = [
+        session.csv_row(row, row.op) | {"sizes": "x".join(map(str, row.sizes))}
+        for contest in contests
+        for row in contest.rows
+    ]
+    drawn = options.op == "dropkey_attention"
+    session.finish(
+        path, rows, environment, (lambda picture: plot(picture, contests, machine, environment)) if drawn else None
+    )
     return 0
 
 
@@ -79,18 +69,6 @@ def print_contest(contest: Contest) -> None:
         print(f"  {target}")
     for name, reason in contest.unavailable.items():
         print(f"  not measured: {name}: {reason}")
-
-
-def write_csv(path: Path, contests: Sequence[Contest], environment: dict[str, str]) -> None:
-    rows = []
-    for contest in contests:
-        for row in contest.rows:
-            values = {key: f"{value:.5g}" if isinstance(value, float) else value for key, value in asdict(row).items()}
-            rows.append(values | {"sizes": "x".join(map(str, row.sizes))} | environment)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def plot(path: Path, contests: Sequence[Contest], machine: str, versions: dict[str, str]) -> None:
@@ -127,8 +105,7 @@ def plot(path: Path, contests: Sequence[Contest], machine: str, versions: dict[s
         line[0].set_ylabel("forward + backward ÷ SDPA without drop")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=4, frameon=False, fontsize=8)
-    subtitle = f"torch {versions['torch']}, lorasp {versions['lorasp']} {versions['commit']}".rstrip()
-    figure.suptitle(f"dropkey_attention on {machine}\n{subtitle}", fontsize=10)
+    figure.suptitle(f"dropkey_attention on {machine}\n{session.made_with(versions)}", fontsize=10)
     figure.tight_layout(rect=(0, 0.05 / lines, 1, 1))
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

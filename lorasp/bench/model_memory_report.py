@@ -4,14 +4,13 @@ computed, one csv and one plot.
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from lorasp import console, info
-from lorasp.bench import model_memory, models_report, report
+from lorasp.bench import model_memory, models_report, report, session
 from lorasp.bench.account import PARTS
 from lorasp.bench.model_memory import APART, COMPUTED, MEASURED, TOGETHER, MemoryResult, Row, Setting
 from lorasp.bench.model_variants import MODELS, PEFT
@@ -35,24 +34,19 @@ def run(options: argparse.Namespace) -> int:
     Raises UsageError for options that do not fit.
     """
     variants = models_report.variants_asked_for(options)
-    has_gpu = (options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")).type == "cuda"
-    method = options.memory if options.memory in model_memory.METHODS else (MEASURED if has_gpu else COMPUTED)
+    here = session.device_of(options)
+    method = (
+        options.memory if options.memory in model_memory.METHODS else (MEASURED if here.type == "cuda" else COMPUTED)
+    )
     # A computed step takes CUDA's operators wherever it is computed.
-    device = options.device or torch.device("cuda" if has_gpu or method == COMPUTED else "cpu")
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    device = torch.device("cuda") if options.device is None and method == COMPUTED else here
     settings = [Setting(name, options.dtype, options.dropout, options.checkpointing) for name in options.model]
     if options.child is not None:
         print(json.dumps(model_memory.measure(settings[0], options.child, device)))
         return 0
-    console.make_folder(options.out)
-    machine, versions = machine_of(method, device), info.versions()
+    machine = machine_of(method, device)
     rules = f"computed; {_NOT_COUNTED}" if method == COMPUTED else f"measured; {_WHAT[device.type]}"
-    print(f"memory of one training step, {machine}")
-    print(
-        f"torch {versions['torch']}, peft {versions['peft']}, lorasp {versions['lorasp']} {versions['commit']}".rstrip()
-    )
-    print(rules)
+    environment = session.begin(options.out, machine, rules, "peft", what="memory of one training step, ")
     results = []
     try:
         for setting in settings:
@@ -64,30 +58,21 @@ def run(options: argparse.Namespace) -> int:
             print_result(result)
             results.append(result)
     except AssertionError as error:
-        print(f"lorasp bench: wrong result, nothing is measured: {error}", file=sys.stderr)
-        return 1
+        return session.wrong(error, "measured")
     rows = [row for result in results for row in result.rows]
     if rows:
-        _write(options, rows, machine, versions, rules)
+        words = f"{machine} checkpointing" if options.checkpointing else machine
+        stem = report.stem(options.model, words, rows[0].dtype, options.dropout, op="memory")
+        session.finish(
+            options.out / f"{stem}.csv", [session.csv_row(row, "memory") for row in rows], environment,
+            lambda picture: plot(picture, rows, machine, environment),
+        )  # fmt: skip
     return 2 if options.variants and any(result.unavailable for result in results) else 0
 
 
 def machine_of(method: str, device: torch.device) -> str:
     """The csv's device: the one that was measured, or that none was."""
     return f"computed for {device.type}" if method == COMPUTED else info.device_name(device)
-
-
-def _write(options: argparse.Namespace, rows: list[Row], machine: str, versions: dict[str, str], rules: str) -> None:
-    words = f"{machine} checkpointing" if options.checkpointing else machine
-    stem = report.stem(options.model, words, rows[0].dtype, options.dropout, op="memory")
-    path = options.out / f"{stem}.csv"
-    models_report.write_csv(path, "memory", rows, {"device": machine, **versions, "rules": rules})
-    print(f"wrote {path}")
-    try:
-        plot(path.with_suffix(".png"), rows, machine, versions)
-        print(f"wrote {path.with_suffix('.png')}")
-    except ImportError as error:
-        print(f'no plot: {error}: pip install "lorasp[bench]"')
 
 
 def title(row: Row) -> str:
@@ -173,8 +158,8 @@ def plot(path: Path, rows: Sequence[Row], machine: str, versions: dict[str, str]
         axis.spines[["top", "right"]].set_visible(False)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=len(labels), fontsize=8, frameon=False)
-    subtitle = f"torch {versions['torch']}, peft {versions['peft']}, lorasp {versions['lorasp']} {versions['commit']}"
-    figure.suptitle(f"one training step's memory, {machine}\n{subtitle.rstrip()}", fontsize=10)
+    made_with = session.made_with(versions, "peft")
+    figure.suptitle(f"one training step's memory, {machine}\n{made_with}", fontsize=10)
     figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

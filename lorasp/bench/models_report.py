@@ -1,17 +1,12 @@
 """What `lorasp bench --model` shows: a table per model, the targets beside what was measured, one csv and one plot."""
 
 import argparse
-import csv
 import json
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
-from lorasp import bench, console, info
-from lorasp.bench import models, report
+from lorasp import console, info
+from lorasp.bench import models, report, session
 from lorasp.bench.model_variants import BASE, MODELS, PEFT, VARIANTS
 from lorasp.bench.models import ModelResult, Row
 from lorasp.bench.targets import Target
@@ -73,21 +68,13 @@ def run(options: argparse.Namespace) -> int:
     Raises UsageError for options that do not fit.
     """
     variants = variants_asked_for(options)
-    device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    device = session.device_of(options)
     if options.child is not None:
         peak = models.peak_of(options.model[0], options.child, options.dtype, device, options.dropout)
         print(json.dumps({"peak_bytes": peak}))
         return 0
-    console.make_folder(options.out)
-    machine, versions = info.device_name(device), info.versions()
-    rules = bench.pin_malloc() if device.type == "cpu" else "L2 overwritten before every call"
-    print(machine)
-    print(
-        f"torch {versions['torch']}, peft {versions['peft']}, lorasp {versions['lorasp']} {versions['commit']}".rstrip()
-    )
-    print(rules)
+    machine = info.device_name(device)
+    environment = session.begin(options.out, machine, session.timing_rules(device), "peft")
     results: list[ModelResult] = []
     try:
         for name in options.model:
@@ -99,18 +86,14 @@ def run(options: argparse.Namespace) -> int:
             print_result(result)
             results.append(result)
     except AssertionError as error:
-        print(f"lorasp bench: wrong result, nothing is timed: {error}", file=sys.stderr)
-        return 1
+        return session.wrong(error)
     rows = [row for result in results for row in result.rows]
     stem = report.stem(options.model, machine, rows[0].dtype, options.dropout, op="model")
     path = options.out / f"{stem}.csv"
-    write_csv(path, "model", rows, {"device": machine, **versions, "rules": rules})
-    print(f"wrote {path}")
-    try:
-        plot(path.with_suffix(".png"), rows, machine, versions)
-        print(f"wrote {path.with_suffix('.png')}")
-    except ImportError as error:
-        print(f'no plot: {error}: pip install "lorasp[bench]"')
+    session.finish(
+        path, [session.csv_row(row, "model") for row in rows], environment,
+        lambda picture: plot(picture, rows, machine, environment),
+    )  # fmt: skip
     return 2 if options.variants and any(result.unavailable for result in results) else 0
 
 
@@ -139,20 +122,6 @@ def print_result(result: ModelResult) -> None:
         print(f"  not measured: {variant}: {reason}")
 
 
-def write_csv(path: Path, op: str, rows: Sequence, environment: dict[str, str]) -> None:
-    """One line per row, a dataclass; op and environment (device, versions, commit, rules) repeated in every line."""
-    lines = [
-        {"op": op}
-        | {key: f"{value:.5g}" if isinstance(value, float) else value for key, value in asdict(row).items()}
-        | environment
-        for row in rows
-    ]
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(lines[0]))
-        writer.writeheader()
-        writer.writerows(lines)
-
-
 def plot(path: Path, rows: Sequence[Row], machine: str, versions: dict[str, str]) -> None:
     """Per model a row of panels: time of a step, bytes saved, peak memory. Raises ImportError without matplotlib."""
     import matplotlib
@@ -178,8 +147,7 @@ def plot(path: Path, rows: Sequence[Row], machine: str, versions: dict[str, str]
         _bars(line[2], found, [(row.peak_bytes or 0) / _MIB for row in found], "{:.0f}")
         line[2].set_title(f"MiB {what} at most, in a process of its own", fontsize=9)
         line[0].set_ylabel(title(found[0]).replace(", ", "\n"), fontsize=8)
-    subtitle = f"torch {versions['torch']}, peft {versions['peft']}, lorasp {versions['lorasp']} {versions['commit']}"
-    figure.suptitle(f"training steps on {machine}\n{subtitle.rstrip()}", fontsize=11)
+    figure.suptitle(f"training steps on {machine}\n{session.made_with(versions, 'peft')}", fontsize=11)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -1,8 +1,7 @@
 """What `lorasp bench` shows: a table per shape, one csv and one plot."""
 
-import csv
 import datetime
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -64,23 +63,15 @@ def _mib(count: int | None) -> str:
     return "" if count is None else f"{count / _MIB:.2f}"
 
 
-def write_csv(path: Path, results: Iterable[ShapeResult], environment: dict[str, str]) -> None:
-    """One row per shape, provider and mode; `environment` (device, versions, commit, rules) repeated in every row."""
-    rows = [_row(m, environment) for result in results for m in result.measurements]
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def _row(m: Measurement, environment: dict[str, str]) -> dict[str, object]:
+def csv_row(m: Measurement) -> dict[str, object]:
+    """A line of the csv: shape and provider spread out, five digits of every float."""
     values = asdict(m)
     shape, provider = values.pop("shape"), values.pop("provider")
     head = {"op": "lora_linear", "layer": shape.pop("name"), **shape, "provider": m.provider.name, **provider}
     for key, value in values.items():
         head[key] = f"{value:.5g}" if isinstance(value, float) and key != "dropout_p" else value
     head["peak_bytes"] = "" if m.peak_bytes is None else m.peak_bytes
-    return {**head, "floor_flops": f"{bench.floor(m.shape, m.provider, m.mode):.4f}", **environment}
+    return {**head, "floor_flops": f"{bench.floor(m.shape, m.provider, m.mode):.4f}"}
 
 
 def stem(

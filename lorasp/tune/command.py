@@ -84,7 +84,7 @@ def tune(jobs: Sequence[Job], bench: Bench, provenance: dict[str, str], options:
     measured, wrong = [], False
     outcomes = search.run(
         pending, bench, plans=_plans(options), seconds=options.seconds, budget=options.budget,
-        progress=_progress,
+        progress=console.progress,
     )  # fmt: skip
     try:
         for _, group in itertools.groupby(outcomes, key=lambda outcome: outcome.job.group):
@@ -95,12 +95,12 @@ def tune(jobs: Sequence[Job], bench: Bench, provenance: dict[str, str], options:
                 measured.append(outcome)
                 shown.append(outcome)
                 wrong = wrong or any(plan.own for plan in outcome.wrong)
-            _progress("")
+            console.progress("")
             report.print_outcomes(shown)
     except OSError as error:
         raise UsageError(f"{file.path}: {error}; --out takes another folder") from error
     except DeviceLost as error:
-        _progress("")
+        console.progress("")
         print(f"lorasp tune: the device failed: {error}", file=sys.stderr)
         _print_written(file, measured)
         return 1
@@ -150,9 +150,3 @@ def _target(options: argparse.Namespace) -> tuning.Target:
     if not torch.cuda.is_available():
         raise UsageError("--dry-run needs --target (sm_80, sm_90, sm_100, sm_120, ...) where there is no GPU")
     return tuning.target_of_device(options.device or torch.device("cuda", torch.cuda.current_device()))
-
-
-def _progress(text: str) -> None:
-    """One line on a terminal's stderr that the next one replaces; nothing where stderr is a file."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text[:150]}", end="", file=sys.stderr, flush=True)

@@ -9,7 +9,6 @@ here: a real driver adds its own time for each. Where a GPU is faster than its h
 """
 
 import argparse
-import csv
 import ctypes
 import itertools
 import time
@@ -19,7 +18,7 @@ from pathlib import Path
 import torch
 
 from lorasp import bench, info
-from lorasp.bench import Candidate, Provider, Shape, Unavailable, workloads
+from lorasp.bench import Candidate, Provider, Shape, Unavailable, session, workloads
 from lorasp.bench.timing import quartiles
 
 PROVIDERS = (
@@ -97,7 +96,8 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=30, help="per sample")
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
-    tail = {"rounds": options.rounds, "calls": options.calls, "rules": RULES, **info.versions()}
+    tail = {"rounds": options.rounds, "calls": options.calls}
+    environment = {"rules": RULES, **info.versions()}
     rows = []
     for members, dropout_p in itertools.product(options.members, options.dropout):
         shape = Shape(*map(int, options.shape.split(",")), members=members)
@@ -112,10 +112,7 @@ def main() -> None:
                 f"{row.get('to_linear', '-'):>6} of linear, {row.get('to_peft_half', '-'):>6} of peft-half"
             )
     if options.csv:
-        with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        session.finish(options.csv, rows, environment)
 
 
 if __name__ == "__main__":
