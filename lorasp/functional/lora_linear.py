@@ -106,10 +106,7 @@ class Constants(NamedTuple):
 
 def constants(x: Tensor, weight: Tensor, scale: float, dropout_p: float, plan: str) -> Constants:
     """Everything about a call that is no tensor, from arguments that were checked."""
-    dtype, plan = autocast_dtype(x) or x.dtype, registry.choose_plan(plan)
-    waits = registry.waits_for_host(x, weight.shape[0], plan)
-    backend = registry.choose("lora_linear", x.device.type, dtype, waits)
-    if backend == "cuda" and plan not in ("auto", "addmm"):
-        raise ValueError(f"lora_linear: plan must be auto or addmm for backend cuda, got {plan!r}")
+    dtype = autocast_dtype(x) or x.dtype
+    backend, plan = registry.choose_linear("lora_linear", x, weight.shape[0], dtype, plan)
     dropping = dropout_p != 0.0 and rng.threshold(dropout_p) > 0
     return Constants(float(scale), float(dropout_p) if dropping else 0.0, dtype, backend, plan)

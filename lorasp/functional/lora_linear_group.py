@@ -146,11 +146,9 @@ def constants(
     plan: str,
 ) -> Constants:
     """Everything about a call that is no tensor, from arguments that were checked."""
-    dtype, plan = autocast_dtype(x) or x.dtype, registry.choose_plan(plan)
-    waits = registry.waits_for_host(x, sum([weight.shape[0] for weight in weights]), plan)
-    backend = registry.choose("lora_linear_group", x.device.type, dtype, waits)
-    if backend == "cuda" and plan not in ("auto", "addmm"):
-        raise ValueError(f"lora_linear_group: plan must be auto or addmm for backend cuda, got {plan!r}")
+    dtype = autocast_dtype(x) or x.dtype
+    out_features = sum([weight.shape[0] for weight in weights])
+    backend, plan = registry.choose_linear("lora_linear_group", x, out_features, dtype, plan)
     return Constants(
         tuple([float(scale) for scale in scales]),
         float(dropout_p) if dropout_p != 0.0 and rng.threshold(dropout_p) > 0 else 0.0,

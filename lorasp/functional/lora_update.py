@@ -61,7 +61,7 @@ def lora_update(
         y, x, factor(lora_A, dtype), factor(lora_B, dtype),
         seed_tensor("lora_update", seed, device) if dropping else None, float(scale),
         float(dropout_p) if dropping else 0.0, 0,
-        registry.choose("lora_update", device.type, dtype, registry.waits_for_host(x, y.shape[-1], "auto")),
+        registry.choose_linear("lora_update", x, y.shape[-1], dtype)[0],
     )  # fmt: skip
 
 

@@ -224,15 +224,12 @@ class LoRALinear(AdaptedLinear):
         checked, how = self._checked
         if found != checked:
             y = self._lora_linear(x, o, seed)
-            how = whole_constants(x, o.weight, o.scale, o.dropout_p, "auto")
-            fits = {o.lora_A.dtype, o.lora_B.dtype} <= {how.dtype, torch.float32}
-            self._checked = (found if fits else None), how
+            self._remember(found, whole_constants(x, o.weight, o.scale, o.dropout_p, "auto"), o)
             return y
-        if how.dropout_p:
-            seed = seed_tensor("LoRALinear", seed, x.device)
+        seed = seed_tensor("LoRALinear", seed, x.device) if how.dropout_p else None
         return LoRALinearFunction.apply(
-            x, o.weight, o.bias, o.lora_A, o.lora_B, None, None, seed if how.dropout_p else None, None, None,
-            how.scale, how.dropout_p, 0, how.dtype, how.backend, how.plan,
+            x, o.weight, o.bias, o.lora_A, o.lora_B, None, None, seed, None, None, how.scale, how.dropout_p, 0,
+            how.dtype, how.backend, how.plan,
         )  # fmt: skip
 
     def _lora_linear(self, x: Tensor, o: Operands, seed: Tensor | None) -> Tensor:
@@ -251,6 +248,11 @@ class LoRALinear(AdaptedLinear):
             registry.waits_for_host(x, o.weight.shape[0], "auto"), *more,
         )  # fmt: skip
 
+    def _remember(self, found: tuple, how: NamedTuple, o: Operands) -> None:
+        """What was checked, with its constants. Factors in other dtypes are converted by what checks them."""
+        fits = {o.lora_A.dtype, o.lora_B.dtype} <= {how.dtype, torch.float32}
+        self._checked = (found if fits else None), how
+
     def _compute_part(self, x: Tensor, o: Operands, seed: Tensor | None, member: int, keep_input: bool) -> Tensor:
         """linear_group of this layer; what it checks is not checked again while sizes, dtypes and devices stay."""
         bias_trains = o.bias is not None and o.bias.requires_grad
@@ -260,9 +262,7 @@ class LoRALinear(AdaptedLinear):
         checked, how = self._checked
         if found != checked or o.mask_A is not None or o.mask_B is not None:
             (y,) = linear_group(x, [o], [member], seed, keep_input)
-            how = constants(x, [o.weight], [o.scale], o.dropout_p, [member], keep_input, "auto")
-            fits = {o.lora_A.dtype, o.lora_B.dtype} <= {how.dtype, torch.float32}
-            self._checked = (found if fits else None), how
+            self._remember(found, constants(x, [o.weight], [o.scale], o.dropout_p, [member], keep_input, "auto"), o)
             return y
         if how.dropout_p:
             seed = seed_tensor("LoRALinear", seed, x.device)

@@ -77,8 +77,7 @@ class QuantizedLoRALinearFunction(torch.autograd.Function):
         y = base.product(x, need_x)
         # Some products end in a view; autograd must not take y for one, or it could not be written to in place.
         y = torch.ops.aten._unsafe_view.default(y, y.shape)
-        waits = registry.waits_for_host(x, y.shape[-1], "auto")
-        backend = registry.choose("lora_update", y.device.type, y.dtype, waits)
+        backend, _ = registry.choose_linear("lora_update", x, y.shape[-1], y.dtype)
         factors = factor(lora_A, y.dtype), factor(lora_B, y.dtype)
         xa = update(y, x, *factors, seed, scale, dropout_p, 0, backend)
         standing = base.standing() if need_x else ((), None)

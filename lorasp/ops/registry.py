@@ -191,6 +191,17 @@ def autocast_off(device_type: str):
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else _AS_IT_IS
 
 
+def choose_linear(
+    operator: str, x: torch.Tensor, out_features: int, dtype: torch.dtype, plan: str = "auto"
+) -> tuple[str, str]:
+    """(backend, plan) of a linear layer's call. Raises ValueError as choose() does, and for a plan cuda has not."""
+    plan = choose_plan(plan)
+    backend = choose(operator, x.device.type, dtype, waits_for_host(x, out_features, plan))
+    if backend == "cuda" and plan not in ("auto", "addmm"):
+        raise ValueError(f"{operator}: plan must be auto or addmm for backend cuda, got {plan!r}")
+    return backend, plan
+
+
 def define(schema: str) -> None:
     """Define `lorasp::<schema>`, an op that only a compiled backend implements."""
     _library.define(schema)

@@ -7,7 +7,7 @@ from lorasp.reference import dropkey_attention as reference
 from lorasp.triton_kernels import dropkey_attention as kernels
 from lorasp.triton_kernels.tuning import Tiles, forced_tiles
 from lorasp.tune.jobs.dropkey_attention import AttentionJob
-from lorasp.tune.operands.expected import expected
+from lorasp.tune.operands.checked import CheckedOperands
 
 DROPOUT_P = 0.1
 # Logits that the reference forms, of all heads where they are no more than these, else of the first head.
@@ -15,11 +15,11 @@ _CHECKED_LOGITS = 2**20
 _NEEDED = {"dq": (True, False, False, False), "dkv": (False, True, True, False)}
 
 
-class Operands:
+class Operands(CheckedOperands):
     """The tensors of one job, as models have them: (B, S, H, D), transposed."""
 
     def __init__(self, job: AttentionJob, device: torch.device):
-        self.job = job
+        super().__init__(job)
         generator = torch.Generator(device).manual_seed(0)
         self.q, self.k, self.v, self.do = (
             torch.randn(job.B, job.S, job.H, job.head_dim, dtype=job.dtype, device=device, generator=generator)
@@ -34,7 +34,6 @@ class Operands:
         self.saved = kernels.forward(self.q, self.k, self.v, *self.arguments) if job.kernel != "forward" else None
         whole = job.B * job.H * job.S**2 <= _CHECKED_LOGITS
         self._batches, self._heads = (job.B, job.H) if whole else (1, 1)
-        self._expected: dict[str, tuple[Tensor, float]] | None = None
 
     def base(self) -> dict[str, Tensor]:
         return self.call(Tiles())
@@ -55,17 +54,8 @@ class Operands:
             return {"o": results[0]}  # lse is −inf where a query sees nothing, and wrong only with the gradients
         return dict(zip(("dq", "dk", "dv", "dmask"), results, strict=True))
 
-    def checked(self, choice) -> dict[str, Tensor]:
-        return self.call(choice)
-
-    def expected(self) -> dict[str, tuple[Tensor, float]]:
-        """Name -> (all heads or the first one by the fp64 reference, the tolerance rule's bound)."""
-        if self._expected is None:
-            self._expected = expected(self._reference, self.job.dtype)
-        return self._expected
-
     def compared(self, actual: Tensor) -> Tensor:
-        """The heads that expected() speaks of. Bits are counted from the first head on, so it is alone what it is among
+        """All heads or the first one. Bits are counted from the first head on, so it is alone what it is among
         others."""
         return actual[: self._batches, : self._heads]
 

@@ -12,7 +12,7 @@ from lorasp.testing import make_inputs
 from lorasp.triton_kernels import lora_linear as kernels
 from lorasp.triton_kernels.tuning import Plan
 from lorasp.tune.jobs.lora_linear import Job
-from lorasp.tune.operands.expected import expected
+from lorasp.tune.operands.checked import CheckedOperands
 
 DROPOUT_P = 0.1
 _SCALE = 2.0
@@ -20,11 +20,11 @@ _SCALE = 2.0
 _CHECKED_ROWS = 8192
 
 
-class Operands:
+class Operands(CheckedOperands):
     """The tensors of one job, drawn on its device; what the reference makes of them is computed once."""
 
     def __init__(self, job: Job, device: torch.device):
-        self.job = job
+        super().__init__(job)
         generator = torch.Generator(device).manual_seed(0)
         inputs = make_inputs(job.M, job.K, job.N, job.R, job.dtype, device, bias=False, generator=generator)
         self.x, self.weight, self.lora_A, self.lora_B, self.dy = (
@@ -33,7 +33,6 @@ class Operands:
         self.xa = torch.randn(job.M, job.R, dtype=job.dtype, device=device, generator=generator)
         self.seed = torch.tensor(1234, device=device) if job.dropout else None
         self.dropout_p = DROPOUT_P if job.dropout else 0.0
-        self._expected: dict[str, tuple[Tensor, float]] | None = None
 
     def base(self) -> Tensor:
         if self.job.direction == "forward":
@@ -52,17 +51,8 @@ class Operands:
         )  # fmt: skip
         return dict(zip(("dx", "dlora_A", "dlora_B"), results, strict=True))
 
-    def checked(self, choice) -> dict[str, Tensor]:
-        return self.call(choice)
-
-    def expected(self) -> dict[str, tuple[Tensor, float]]:
-        """Name -> (the first rows by the fp64 reference, the tolerance rule's bound); sums over more rows left out."""
-        if self._expected is None:
-            self._expected = expected(self._reference, self.job.dtype)
-        return self._expected
-
     def compared(self, actual: Tensor) -> Tensor:
-        """The rows that expected() speaks of. A row does not depend on the rows behind it."""
+        """The first rows: a row does not depend on those behind it."""
         return actual[:_CHECKED_ROWS]
 
     def _reference(self, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -14,17 +14,17 @@ from lorasp.triton_kernels import lora_linear_products as products
 from lorasp.triton_kernels.launch import device_of, target_of
 from lorasp.triton_kernels.tuning import Tiles, forced_tiles
 from lorasp.tune.jobs.lora_linear_skinny import RankJob
-from lorasp.tune.operands.expected import expected
+from lorasp.tune.operands.checked import CheckedOperands
 
 DROPOUT_P = 0.1
 _SCALE = 2.0
 
 
-class Operands:
+class Operands(CheckedOperands):
     """The tensors of one job; accumulate adds to memory of its own again and again when it is timed."""
 
     def __init__(self, job: RankJob, device: torch.device):
-        self.job = job
+        super().__init__(job)
         generator = torch.Generator(device).manual_seed(0)
 
         def normal(*shape):
@@ -34,7 +34,6 @@ class Operands:
         self.seed = torch.tensor(1234, device=device)
         self.dropout = products.Dropout(self.seed, rng.threshold(DROPOUT_P) if job.dropout else 0, 0)
         self.sum = self.p.clone() if job.kernel == "accumulate" else None
-        self._expected: dict[str, tuple[Tensor, float]] | None = None
 
     def base(self) -> dict[str, Tensor]:
         return self._run(Tiles(), self.sum)
@@ -60,14 +59,6 @@ class Operands:
     def checked(self, tiles: Tiles) -> dict[str, Tensor]:
         """What call() gives, accumulate onto fresh memory."""
         return self._run(tiles, self.p.clone())
-
-    def expected(self) -> dict[str, tuple[Tensor, float]]:
-        if self._expected is None:
-            self._expected = expected(self._reference, self.job.dtype)
-        return self._expected
-
-    def compared(self, actual: Tensor) -> Tensor:
-        return actual
 
     def _reference(self, dtype: torch.dtype) -> dict[str, Tensor]:
         job = self.job
