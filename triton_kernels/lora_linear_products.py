@@ -50,10 +50,6 @@ class Dropout(NamedTuple):
         """The arguments named MASK_FREE."""
         return self.seed if self.threshold > 0 else None, self.threshold, self.word
 
-    def arguments(self, columns: int) -> dict:
-        """Kernel arguments for a mask with `columns` columns."""
-        return dict(zip(MASK_FREE, self.free, strict=True)) | mask_constants(self.active, columns)
-
 
 MASK_FREE = ("seed_ptr", "threshold", "member")
 NO_DROPOUT = Dropout(None, 0, 0)

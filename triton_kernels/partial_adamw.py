@@ -14,9 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import check_operand, device_of, launch
+from .launch import Launch, check_operand, device_of, per_shape
+from .tuning import ceil_div
 
 _BLOCK = 1024
+_FREE = (
+    "param_ptr", "exp_avg_ptr", "exp_avg_sq_ptr", "grad_ptr", "steps_ptr", "active_ptr", "lr", "log_beta1", "log_beta2",
+    "beta2", "gain1", "gain2", "decay", "eps",
+)  # fmt: skip
 
 
 @triton.jit
@@ -73,10 +78,8 @@ def step_(
     A tensor that does not lie in one piece is copied, and written back. Raises ValueError for a dtype or a device that
     the kernel does not take.
     """
-    scalars = {
-        "lr": float(lr), "log_beta1": _log(beta1), "log_beta2": _log(beta2), "beta2": float(beta2),
-        "gain1": 1.0 - beta1, "gain2": 1.0 - beta2, "decay": 1.0 - lr * weight_decay, "eps": float(eps),
-    }  # fmt: skip
+    decay = 1.0 - lr * weight_decay
+    scalars = float(lr), _log(beta1), _log(beta2), float(beta2), 1.0 - beta1, 1.0 - beta2, decay, float(eps)
     for i, param in enumerate(params):
         check_operand("partial_adamw", f"params[{i}]", param)
         active = actives[i]
@@ -86,19 +89,23 @@ def step_(
                 continue
             originals = param, exp_avgs[i], exp_avg_sqs[i]
             written = [tensor.contiguous() for tensor in originals]
-            shape = (1, 1) if active is None else active.shape
-            strides = [0 if length == 1 else stride for length, stride in zip(shape, (shape[1], 1), strict=True)]
-            arguments = {
-                "param_ptr": written[0], "grad_ptr": grads[i].contiguous(), "exp_avg_ptr": written[1],
-                "exp_avg_sq_ptr": written[2], "steps_ptr": steps[i].contiguous(),
-                "active_ptr": None if active is None else active.contiguous().view(torch.uint8), "size": param.numel(),
-                "columns": param.shape[-1] if param.ndim else 1, "stride_sr": strides[0], "stride_sc": strides[1],
-                "HAS_ACTIVE": active is not None, "BLOCK": _BLOCK,
-            } | scalars  # fmt: skip
-            launch(_partial_adamw_kernel, (triton.cdiv(param.numel(), _BLOCK),), arguments, 4, 1)
+            run = _launch(param.numel(), param.shape[-1] if param.ndim else 1, active is not None and active.shape)
+            bits = None if active is None else active.contiguous().view(torch.uint8)
+            run(*written, grads[i].contiguous(), steps[i].contiguous(), bits, *scalars)
             for tensor, new in zip(originals, written, strict=True):
                 if tensor is not new:
                     tensor.copy_(new)
+
+
+@per_shape
+def _launch(size: int, columns: int, active: tuple[int, int] | bool) -> Launch:
+    """(_FREE); active: the shape of a parameter's bits, False where all of it steps."""
+    rows, wide = active or (1, 1)
+    arguments = {
+        "size": size, "columns": columns, "stride_sr": 0 if rows == 1 else wide, "stride_sc": 0 if wide == 1 else 1,
+        "HAS_ACTIVE": bool(active), "BLOCK": _BLOCK,
+    }  # fmt: skip
+    return Launch(_partial_adamw_kernel, (ceil_div(size, _BLOCK),), arguments, _FREE, num_warps=4, num_stages=1)
 
 
 def _log(beta: float) -> float:
