@@ -11,7 +11,7 @@
 // 8192, C = 4096, R = 16 in bf16 on 4.3 TB/s beside a 348 us frozen GEMM [calc]: 67 MB, 15.6 us, 4.5 %; in place 134
 // MB, 31 us, 9 %. Three members with a mask each: 67 MB, where three launches, two of them in place, move 335.
 #pragma once
-#include "tile.cuh"
+#include "vector.cuh"
 
 namespace lorasp::cuda {
 
@@ -46,24 +46,6 @@ struct AccumulateTiles {
   static constexpr int kMembersBytes = kSharedBytes + kSumBytes;  // the sum of the members before, behind the rest
   static_assert(kMembersBytes <= kSharedLimit);
 };
-
-template <class T>
-__device__ inline T word_element(const Words& words, int i) {
-  T value;
-  if constexpr (sizeof(T) == 2)
-    value.bits = static_cast<uint16_t>(words.word[i / 2] >> 16 * (i % 2));
-  else
-    value = bits_to_float(words.word[i]);
-  return value;
-}
-
-template <class T>
-__device__ inline void set_word_element(Words& words, int i, T value) {
-  if constexpr (sizeof(T) == 2)
-    words.word[i / 2] = i % 2 ? words.word[i / 2] | static_cast<uint32_t>(value.bits) << 16 : value.bits;
-  else
-    words.word[i] = float_to_bits(value);
-}
 
 template <class T, int kRank>
 __global__ void __launch_bounds__(kThreads) lora_linear_accumulate_kernel(const AccumulateArgs<T> args) {
@@ -159,11 +141,11 @@ __global__ void __launch_bounds__(kThreads) lora_linear_accumulate_kernel(const 
     if (whole(n)) {
 #pragma unroll
       for (int i = 0; i < kCopies; ++i) {
-        Words start{}, words;
-        if (args.add) start = load_global16(unit_at(n) + i * kCopy);
+        Words words{};
+        if (args.add) words = load_global16(unit_at(n) + i * kCopy);
 #pragma unroll
         for (int e = 0; e < kCopy; ++e)
-          set_word_element<T>(words, e, from_float<T>(to_float(word_element<T>(start, e)) + low_rank(i * kCopy + e)));
+          set_element<T>(words, e, from_float<T>(to_float(element<T>(words, e)) + low_rank(i * kCopy + e)));
         store_global16(unit_at(n) + i * kCopy, words);
       }
     } else {
