@@ -60,3 +60,14 @@ def emulated(monkeypatch, poisoned_memory):
     monkeypatch.setattr(registry, "available_backends", lambda: available | {"cuda": None})
     monkeypatch.setattr(registry, "unsupported", lambda b, *rest: None if b == "cuda" else unsupported(b, *rest))
     monkeypatch.setitem(registry._compiled, "cuda", compiled)
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def gpu_backend(request):
+    """A backend that computes on this machine's GPU, each in its turn."""
+    from lorasp.ops import registry
+
+    reason = registry.available_backends()[request.param]
+    if reason is not None:
+        pytest.skip(reason)
+    return request.param

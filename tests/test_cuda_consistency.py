@@ -6,18 +6,17 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from cuda_emulation.backend import ORDERS, require_gpu_build
+from cuda_emulation.backend import ORDERS
 from cuda_emulation.library import DTYPES as NUMBER_OF
 from cuda_emulation.library import EmulationError, call, load, pointer
 
 import lorasp
-from lorasp import consistency_loss, linear_consistency_loss, testing
+from lorasp import consistency_loss, testing
 from lorasp.ops import consistency as ops
 from lorasp.ops import linear_consistency as linear_ops
 from lorasp.ops import registry
 from lorasp.reference import consistency as reference
 from lorasp.testing import assert_close
-from lorasp.testing.consistency import Case, make_inputs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Few rows: the rule then asks for as few roundings as PyTorch happened to need. A fixed draw that is typical.
@@ -341,47 +340,3 @@ def test_auto_takes_cuda_where_triton_is_not_installed(emulated, monkeypatch):
     assert registry.choose("consistency", "cuda", torch.bfloat16) == "cuda"
     monkeypatch.setattr(registry, "_triton_installed", True)
     assert registry.choose("consistency", "cuda", torch.bfloat16) == "triton"
-
-
-@pytest.fixture
-def built():
-    require_gpu_build()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(512, 32000), (64, 128257), (1000, 2), (33, 5001)], ids=str)
-def test_gpu(built, shape, dtype, poisoned_memory):
-    for case in testing.consistency.cases([shape], [dtype]):
-        for result in testing.consistency.check_case(case, "cuda", device="cuda"):
-            assert result.ok, result
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gpu_through_the_head(built, dtype):
-    for case in testing.linear_consistency.cases([(700, 256, 32000)], [dtype]):
-        for result in testing.linear_consistency.check_case(case, "cuda", device="cuda"):
-            assert result.ok, result
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("rows", [3, 512])
-def test_gpu_repeats_to_the_bit(built, rows):
-    case = Case(rows, 32000, torch.bfloat16, masks=True)
-    inputs = make_inputs(case, "cuda")
-    with lorasp.use_backend("cuda"):
-        first, second = (testing.consistency.run(inputs, case) for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-@pytest.mark.gpu
-def test_gpu_workspace_through_the_head(built):
-    hidden, other = (torch.randn(4096, 1024, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(2))
-    lm_head = torch.randn(256_000, 1024, device="cuda", dtype=torch.bfloat16)
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    with lorasp.use_backend("cuda"):
-        gradients = torch.autograd.grad(linear_consistency_loss(hidden, other, lm_head), (hidden, other))
-    results = 2 * sum(gradient.nbytes for gradient in gradients)
-    assert torch.cuda.max_memory_allocated() - before - results < 64 << 20

@@ -5,7 +5,7 @@ from ctypes import c_double, c_int, c_int64
 
 import pytest
 import torch
-from cuda_emulation.backend import ORDERS, require_gpu_build
+from cuda_emulation.backend import ORDERS
 from cuda_emulation.library import DTYPES as NUMBER_OF
 from cuda_emulation.library import EmulationError, call, load, pointer
 
@@ -259,44 +259,3 @@ def test_auto_takes_cuda_where_triton_is_not_installed(emulated, monkeypatch):
     assert registry.choose("hidden_cut", "cuda", torch.bfloat16) == "cuda"
     monkeypatch.setattr(registry, "_triton_installed", True)
     assert registry.choose("hidden_cut", "cuda", torch.bfloat16) == "triton"
-
-
-@pytest.fixture
-def built():
-    require_gpu_build()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("pattern", ops.PATTERNS)
-@pytest.mark.parametrize("residual", [None, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(4, 1024, 4096), (3, 333, 1001), (2, 1, 7)])
-def test_gpu(built, shape, dtype, residual, pattern, poisoned_memory):
-    for result in check_case(Case(*shape, dtype, pattern, 0.1, residual), "cuda", device="cuda"):
-        assert result.ok, result
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("pattern", ops.PATTERNS)
-def test_gpu_masks_are_the_reference_s_bits(built, pattern):
-    ones, seed = torch.ones(3, 500, 333, device="cuda"), torch.tensor(-(2**40) - 17, device="cuda")
-    for x in (ones, torch.cat([ones, ones], 2)[..., :333]):
-        with lorasp.use_backend("cuda"):
-            actual = hidden_cut(x, 0.3, pattern=pattern, seed=seed)
-        with lorasp.use_backend("reference"):
-            assert torch.equal(actual, hidden_cut(ones, 0.3, pattern=pattern, seed=seed))
-
-
-@pytest.mark.gpu
-def test_gpu_graph_reads_its_seed_on_the_device(built):
-    forward = ops.forward_ops["cuda"]
-    x, seed = torch.ones(2, 64, 256, device="cuda"), torch.tensor(1, device="cuda")
-    want = {n: forward(x, None, torch.tensor(n, device="cuda"), 0.5, "element") for n in (1, 2)}
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        y = forward(x, None, seed, 0.5, "element")
-    for value in (2, 1):
-        seed.fill_(value)
-        graph.replay()
-        assert torch.equal(y, want[value])

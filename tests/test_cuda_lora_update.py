@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from cuda_emulation.backend import require_gpu_build
 
 from lorasp.ops import lora_update as ops
 from lorasp.testing.lora_update import Case, check_case, make_inputs
@@ -82,15 +81,3 @@ def test_the_raw_op_refuses_what_does_not_fit(emulated, changes, message):
     }  # fmt: skip
     with pytest.raises(RuntimeError, match=f"lora_update: {message}"):
         ops.forward_ops["cuda"](*(good | changes).values())
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("variant", [{}, {"dropout_p": 0.1, "masters": True}, {"freeze_A": True}], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(4096, 4096, 4096, 16), (1000, 1536, 8960, 64), (33, 1000, 63, 24)], ids=str)
-def test_gpu(shape, dtype, variant, poisoned_memory):
-    require_gpu_build()
-    if dtype == torch.float32:
-        variant = variant | {"masters": False}
-    for result in check_case(Case(*shape, dtype, **variant), "cuda", device="cuda"):
-        assert result.ok, result

@@ -1,13 +1,15 @@
 """partial_adamw in CUDA C++: kernels and operator, executed on the CPU by the emulator; on a GPU where there is one."""
 
 import ctypes
+import functools
 from ctypes import c_double, c_int, c_int64, c_void_p
 
 import pytest
 import torch
-from cuda_emulation.backend import ORDERS, require_gpu_build
+from cuda_emulation.backend import ORDERS
 from cuda_emulation.library import DTYPES as NUMBER_OF
 from cuda_emulation.library import EmulationError, call, load, pointer
+from many_parameters import assert_many_are_right
 
 from lorasp import testing
 from lorasp.ops import registry
@@ -109,42 +111,17 @@ def test_what_rests_keeps_even_the_bits_of_nan(dtype):
         assert tensor[active].isfinite().all()
 
 
-def many(count, dtype=torch.float32):
-    """Parameters of many sizes and grains, some of them empty."""
-    generator = torch.Generator().manual_seed(0)
-    lists = [[] for _ in range(6)]
-    for i in range(count):
-        p, q = ((3, 5), (1, 2100), (16, 9), (0, 3), (2, 0), (300, 1))[i % 6]
-        values = [torch.randn(p, q, generator=generator).to(dtype) for _ in range(3)]
-        values.append(torch.rand(p, q, generator=generator).to(dtype))
-        shape = ((1, 1), None, (p, 1), (1, q), (p, q))[i % 5]
-        active = None if shape is None else torch.rand(shape, generator=generator) < 0.6
-        steps = torch.randint(0, 9, shape or (1,), generator=generator, dtype=torch.int32)
-        for one, tensor in zip(lists, (*values, steps, active), strict=True):
-            one.append(tensor)
-    return lists
-
-
 @pytest.mark.parametrize("order", ORDERS, ids=ORDERS.get)
 @pytest.mark.parametrize("count", [1, 36, 37, 80])
 def test_many_parameters_share_a_launch(count, order):
-    actual, expected = many(count), many(count)
-    emulated_step(*actual, *HYPER, order=order)
-    step_ops["reference"](*expected, *HYPER)
-    for name in (0, 2, 3, 4):
-        for have, want in zip(actual[name], expected[name], strict=True):
-            torch.testing.assert_close(have, want)
+    assert_many_are_right(functools.partial(emulated_step, order=order), count, HYPER)
 
 
 @pytest.mark.parametrize(
     "hyper", [(1e-2, 0.0, 0.0, 1e-8, 0.0), (0.0, 0.9, 0.99, 0.0, 0.5), (1e-3, 0.5, 0.999999, 0.0, 0)]
 )
 def test_extreme_settings(hyper):
-    actual, expected = many(12), many(12)
-    emulated_step(*actual, *hyper)
-    step_ops["reference"](*expected, *hyper)
-    for have, want in zip(actual[0], expected[0], strict=True):
-        torch.testing.assert_close(have, want)
+    assert_many_are_right(emulated_step, 12, hyper)
 
 
 FAULTS = {
@@ -237,43 +214,3 @@ def test_auto_takes_cuda_where_triton_is_not_installed(emulated, monkeypatch):
     assert registry.choose("partial_adamw", "cuda", torch.bfloat16) == "cuda"
     monkeypatch.setattr(registry, "_triton_installed", True)
     assert registry.choose("partial_adamw", "cuda", torch.bfloat16) == "triton"
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("shape", [None, (1, 1), (1000, 1), (1, 4099), (1000, 4099)], ids=str)
-@pytest.mark.parametrize("taken", [0, 7, 2**20])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gpu(dtype, taken, shape):
-    require_gpu_build()
-    generator = torch.Generator().manual_seed(0)
-    values = [torch.randn(1000, 4099, generator=generator) for _ in range(4)]
-    values.append(values.pop().square())
-    steps = torch.randint(taken, taken + 3, shape or (1,), generator=generator, dtype=torch.int32)
-    active = None if shape is None else torch.rand(shape, generator=generator) < 0.5
-
-    def step(backend, kind, device):
-        param, grad, *moments = (value.to(dtype).to(device, kind, copy=True) for value in values)
-        counted = steps.to(device, copy=True)
-        step_ops[backend](
-            [param], [grad], *([moment] for moment in moments), [counted],
-            [None if active is None else active.to(device)], *HYPER,
-        )  # fmt: skip
-        return [tensor.cpu() for tensor in (param, *moments, counted)]
-
-    actual = step("cuda", dtype, "cuda")
-    reference, exact = step("reference", dtype, "cpu"), step("reference", torch.float64, "cpu")
-    assert torch.equal(actual.pop(), reference.pop())
-    for tensors in zip(actual, reference, exact, strict=False):
-        testing.assert_close(*tensors, dtype)
-
-
-@pytest.mark.gpu
-def test_gpu_many_parameters_share_a_launch():
-    require_gpu_build()
-    actual, expected = many(80), many(80)
-    on_gpu = [[None if t is None else t.cuda() for t in tensors] for tensors in actual]
-    step_ops["cuda"](*on_gpu, *HYPER)
-    step_ops["reference"](*expected, *HYPER)
-    for name in (0, 2, 3, 4):
-        for have, want in zip(on_gpu[name], expected[name], strict=True):
-            torch.testing.assert_close(have.cpu(), want)
