@@ -1,27 +1,11 @@
 // bf16 only: the other dtypes use the AVX-512 kernels.
 #if defined(__x86_64__) && defined(__linux__)
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC's own _mm512_undefined_*
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
-#include <immintrin.h>
-
-#include <cstring>
-
 #include "kernels.h"
 
-// Nothing from another header may be instantiated below: a shared inline function compiled for this target could be
-// linked into code that runs on any CPU.
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c"))), \
-                             apply_to = function)
-#else
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c")
-#endif
 #define LORASP_ISA amx
-#define LORASP_AVX512
-#define LORASP_AVX512_BF16
 #define LORASP_AMX
+#include "../common/target_avx512_bf16.h"
+
 #include "../common/simd_avx512.h"
 
 #include "../common/simd_exp.h"
@@ -32,7 +16,5 @@
 namespace lorasp::amx {
 const AttentionKernels kAttention[1] = {make_attention<PairedTiles>()};
 }
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
+#include "../common/target_end.h"
 #endif

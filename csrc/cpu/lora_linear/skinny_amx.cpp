@@ -1,26 +1,10 @@
 // The skinny products in bf16 on AMX. The other dtypes use the AVX-512 kernels.
 #if defined(__x86_64__) && defined(__linux__)
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC's own _mm512_undefined_*
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
-#include <immintrin.h>
-
-#include <cstring>
-
 #include "skinny.h"
 
-// Nothing from another header may be instantiated below: a shared inline function compiled for this target could be
-// linked into code that runs on any CPU.
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c"))), \
-                             apply_to = function)
-#else
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c")
-#endif
 #define LORASP_ISA amx
-#define LORASP_AVX512
-#define LORASP_AVX512_BF16
+#include "../common/target_avx512_bf16.h"
+
 #include "../common/simd_avx512.h"
 
 #include "../common/amx_tiles.h"
@@ -309,7 +293,5 @@ const Kernels kKernels[3] = {
     make_kernels<Wide<f16>>()};
 
 }  // namespace lorasp::amx
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
+#include "../common/target_end.h"
 #endif

@@ -1,19 +1,8 @@
 #if defined(__x86_64__)
-#include <immintrin.h>
-
-#include <cstring>
-
 #include "skinny.h"
 
-// Nothing from another header may be instantiated below: a shared inline function compiled for this target could be
-// linked into code that runs on any CPU.
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC target("avx2,fma,f16c")
-#endif
-#define LORASP_ISA avx2
-#define LORASP_AVX2
+#include "../common/target_avx2.h"
+
 #include "../common/simd_avx2.h"
 
 #include "skinny_impl.h"
@@ -21,7 +10,5 @@
 namespace lorasp::avx2 {
 const Kernels kKernels[3] = {make_kernels<Wide<float>>(), make_kernels<Wide<bf16>>(), make_kernels<Wide<f16>>()};
 }
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
+#include "../common/target_end.h"
 #endif
