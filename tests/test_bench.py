@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lorasp import bench, cli, console
-from lorasp.bench import MODES, Provider, Shape, command, report, targets, timing, workloads
+from lorasp.bench import MODES, Provider, Shape, command, composition, report, targets, timing, workloads
 from lorasp.ops import dropkey_attention as attention_ops
 from lorasp.ops import lora_linear, registry
 
@@ -84,6 +84,24 @@ def test_min_bytes_counts_every_operand_once(name, forward, backward):
         frozen = [0, 0]
     assert bench.min_bytes(SHAPE, provider, "forward", 2) == 2 * (frozen[1] + forward)
     assert bench.min_bytes(SHAPE, provider, "forward+backward", 2) == 2 * (frozen[0] + forward + backward)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("freeze_A", [False, True])
+def test_the_composition_s_gradients_are_those_of_its_forward(p, freeze_A):
+    """With dropout too, where bench.run compares no layer but lorasp's: others draw masks of their own."""
+    x, weight, lora_A, lora_B = (torch.randn(*size, dtype=torch.float64) for size in ((7, 5), (6, 5), (3, 5), (6, 3)))
+    frozen = torch.nn.Linear(5, 6, dtype=torch.float64).requires_grad_(False)
+    frozen.weight.copy_(weight)
+    layer = composition.ComposedLoRA(frozen, lora_A, lora_B, 1.5, p)
+    layer.lora_A.requires_grad_(not freeze_A)
+
+    def same_masks(x, *factors):
+        torch.manual_seed(0)
+        return layer(x)
+
+    trained = [factor for factor in (layer.lora_A, layer.lora_B) if factor.requires_grad]
+    assert torch.autograd.gradcheck(same_masks, (x.requires_grad_(), *trained))
 
 
 class FakeClock:

@@ -49,6 +49,18 @@ def test_calls_share_a_kernel_exactly_where_the_jit_would():
     assert len(set.union(*kernels.values())) == len(kernels)
 
 
+def test_every_device_has_kernels_of_its_own():
+    class OnDevice:
+        dtype = torch.bfloat16
+
+        def __init__(self, index):
+            self.get_device, self.data_ptr = lambda: index, lambda: 0
+
+    prepared = project_launch()
+    kinds = {prepared.kind((*[OnDevice(index)] * 3, 1.0, None, 0, 0)) for index in (0, 1, 0)}
+    assert len(kinds) == 2
+
+
 class Jit:
     """Stands for a JIT kernel on a GPU: counts its compilations, and the calls of what it compiled."""
 

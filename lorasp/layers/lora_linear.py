@@ -14,7 +14,7 @@ from lorasp.functional.arguments import seed_tensor, surroundings
 from lorasp.functional.lora_linear import constants as whole_constants
 from lorasp.functional.lora_linear_group import LoRALinearPartFunction, constants
 from lorasp.layers.adapted import AdaptedLinear
-from lorasp.layers.shared_input import SharedInput, linear_group
+from lorasp.layers.shared_input import SharedInput, kinds_of_parts, linear_group
 from lorasp.ops import registry
 from lorasp.ops.lora_linear import LoRALinearFunction
 from lorasp.sharding import is_managed
@@ -258,7 +258,7 @@ class LoRALinear(AdaptedLinear):
         bias_trains = o.bias is not None and o.bias.requires_grad
         if torch.compiler.is_compiling() or o.packed is not None or o.weight.requires_grad or bias_trains:
             return linear_group(x, [o], [member], seed, keep_input)[0]
-        found = isinstance(x, Tensor) and self._found(x, o, keep_input, member)
+        found = isinstance(x, Tensor) and self._found(x, o, keep_input, member, *kinds_of_parts(o))
         checked, how = self._checked
         if found != checked or o.mask_A is not None or o.mask_B is not None:
             (y,) = linear_group(x, [o], [member], seed, keep_input)

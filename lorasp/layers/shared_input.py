@@ -226,7 +226,7 @@ class SharedInput:
         """linear_group; what it checks is not checked again while sizes, dtypes and devices stay (_fit: all alike)."""
         one = operands[0]
         found = [
-            order, x.shape[-1], x.dtype, x.device, round.surroundings, keep_input, one.dropout_p, one.weight.dtype,
+            order, x.shape[-1:], x.dtype, x.device, round.surroundings, keep_input, one.dropout_p, one.weight.dtype,
             one.weight.device, one.lora_A.dtype, one.lora_A.device, one.lora_B.dtype, one.lora_B.device,
             registry.waits_for_host(x, sum([o.weight.shape[0] for o in operands]), "auto"),
         ]  # fmt: skip
@@ -237,7 +237,7 @@ class SharedInput:
             found += (o.scale, o.weight.shape, o.lora_A.shape, o.lora_B.shape, None if o.bias is None else o.bias.shape)
             if not _whole(o):
                 partial = True
-                found += [None if part is None else (part.shape, part.dtype, part.device) for part in o[7:13]]
+                found += kinds_of_parts(o)
         checked, how = self._checked
         if found != checked:
             ys = linear_group(x, operands, order, round.seed, keep_input)
@@ -309,6 +309,12 @@ def _by_field(operands: Sequence[NamedTuple]) -> list[Tensor | None]:
     no masks or packed weights."""
     parts = [(o.frozen_A, o.frozen_B, o.rows, o.entries_A, o.entries_B) for o in operands]
     return [*itertools.chain.from_iterable(zip(*parts, strict=True)), *[None] * (4 * len(operands))]
+
+
+def kinds_of_parts(o: NamedTuple) -> list[tuple | None]:
+    """Shape, dtype and device of what a selection adds to Operands: frozen factors, columns, rows, entries."""
+    parts = o.frozen_A, o.frozen_B, o.columns, o.rows, o.entries_A, o.entries_B
+    return [None if part is None else (part.shape, part.dtype, part.device) for part in parts]
 
 
 def _whole(o: NamedTuple) -> bool:

@@ -3,6 +3,8 @@
 Run by test_triton_hidden_cut.py, in a process of its own, as lora_linear.py here is.
 """
 
+import itertools
+
 import pytest
 import torch
 
@@ -36,6 +38,20 @@ def test_masks_are_the_reference_s_bits(pattern):
         with lorasp.use_backend("triton"):
             for x in (ones, wide, ones.transpose(0, 1).contiguous().transpose(0, 1)):
                 assert torch.equal(hidden_cut(x, 0.4, pattern=pattern, seed=seed), expected)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_x_and_residual_lie_as_they_like(pattern):
+    """Each in its own strides: whole, sliced, batch inside the sequence."""
+    plain = torch.randn(2, 2, 9, 33)
+
+    def laid_out(t):
+        return t, torch.cat([t, t], 2)[..., :33], t.transpose(0, 1).contiguous().transpose(0, 1)
+
+    with lorasp.use_backend("triton"):
+        expected = hidden_cut(plain[0], 0.4, pattern=pattern, residual=plain[1], seed=3)
+        for x, residual in itertools.product(laid_out(plain[0]), laid_out(plain[1])):
+            assert torch.equal(hidden_cut(x, 0.4, pattern=pattern, residual=residual, seed=3), expected)
 
 
 def test_dropped_nan_does_not_leak_and_nothing_is_nothing():
