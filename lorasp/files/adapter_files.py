@@ -196,7 +196,7 @@ def read_pair(path: Path) -> tuple[dict[str, Tensor], LoRAConfig, stored_selecti
     weights_file, config_file = path / WEIGHTS_NAME, path / CONFIG_NAME
     weights = _read(weights_file)
     try:
-        values = load(weights)
+        values = dict(sorted(load(weights).items()))  # load's own order changes from process to process
     except SafetensorError as error:
         raise ValueError(f"load_adapter: {weights_file} is damaged or truncated: {error}") from None
     metadata = _split(weights)[0].get("__metadata__", {})
