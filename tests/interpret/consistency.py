@@ -3,6 +3,8 @@
 Run by test_triton_consistency.py, in a process of its own, as lora_linear.py here is.
 """
 
+import itertools
+
 import pytest
 import torch
 
@@ -52,13 +54,19 @@ def test_strided_rows_and_no_rows():
     logits, other = torch.randn(2, 3, 4, 70)
     with lorasp.use_backend("triton"):
         expected = consistency_loss(logits, other, reduction="none")
-        for view in (
+        leaves = [side.clone().requires_grad_() for side in (logits, other)]
+        plain = torch.autograd.grad(consistency_loss(*leaves, reduction="none").sum(), leaves)
+        views = (
+            lambda t: t,
             lambda t: torch.cat([t, t], 1)[:, :4],
             lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
             lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
-        ):
-            sides = [view(side).requires_grad_() for side in (logits, other)]
+        )
+        for lay_logits, lay_other in itertools.product(views, views):
+            sides = [lay_logits(logits).requires_grad_(), lay_other(other).requires_grad_()]
             rows = consistency_loss(*sides, reduction="none")
             assert torch.equal(rows, expected)
-            assert all(g.isfinite().all() for g in torch.autograd.grad(rows.sum(), sides))
+            gradients = torch.autograd.grad(rows.sum(), sides)
+            for have, want in zip(gradients, plain, strict=True):
+                assert torch.equal(have, want)
         assert consistency_loss(logits[:0], other[:0]).item() == 0.0
