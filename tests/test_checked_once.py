@@ -149,3 +149,12 @@ def test_it_is_noticed_that_a_gpu_would_wait(kind, monkeypatch):
     monkeypatch.setattr(registry, "waits_for_host", lambda x, out_features, plan: x.numel() <= K)
     used, _ = used_and_fresh(MODULES[kind], torch.randn(2, 3, K))
     assert outcome(used, torch.randn(1, K)) == ["ValueError: few rows go elsewhere"]
+
+
+@pytest.mark.parametrize("kind", [*MODULES, "one of a group with dropout"])
+def test_every_output_may_be_written_to(kind):
+    make = MODULES.get(kind, lambda: Block(lora_dropout=0.1).layers[1:2])
+    module, x = make(), torch.randn(2, 3, K)
+    for _ in range(4):
+        for one in getattr(module, "layers", module):
+            one(x).add_(1.0).sum().backward()

@@ -60,6 +60,7 @@ def test_every_part(isa, poisoned, dtype, granularity):
         replace(plain, members=2, freeze_A=True, bias=False),
         replace(plain, members=2, need_dx=False, masters=dtype != torch.float32, dropout_p=0.1),
         replace(plain, members=2, K=650, dropout_p=0.1, keep_input=True),
+        replace(plain, masters=dtype != torch.float32, frozen_low=True, frozen_B=True),
         replace(plain, masks=granularity is None),
     )
 

@@ -36,6 +36,7 @@ def test_every_part(emulated, dtype, granularity):
         assert_meets_the_rule(replace(plain, members=2, freeze_A=True, bias=False))
         assert_meets_the_rule(replace(plain, masters=True, masks=granularity is None, R=17))
         assert_meets_the_rule(replace(plain, members=2, need_dx=False, masters=True, dropout_p=0.1))
+        assert_meets_the_rule(replace(plain, masters=True, frozen_low=True, frozen_B=True))
         assert_meets_the_rule(replace(plain, M=20, K=520, members=2, dropout_p=0.1, keep_input=True))
 
 
@@ -207,6 +208,7 @@ GPU_VARIANTS = (
     {"members": 3, "granularity": "feature", "dropout_p": 0.1, "frozen_B": True},
     {"members": 5, "granularity": "feature-whole", "dropout_p": 0.1, "bias": False},
     {"members": 2, "granularity": "element", "masters": True},
+    {"members": 2, "granularity": "feature", "masters": True, "frozen_low": True, "frozen_B": True},
     {"granularity": "feature", "masters": True, "freeze_A": True},
 )
 

@@ -174,6 +174,19 @@ class TestModule:
         layer.set_lora(*before)
         assert torch.equal(layer(x), y)
 
+    @pytest.mark.parametrize("backend", ["auto", "reference"])
+    @pytest.mark.parametrize("granularity", GRANULARITIES)
+    def test_what_trains_may_be_cast_alone_under_autocast_too(self, granularity, backend):
+        """At every call: the frozen part's half is another than autocast's."""
+        layer = layer_with_values(granularity, dtype=torch.bfloat16)
+        for parameter in trained(layer):
+            parameter.data = parameter.data.float()
+        x = torch.randn(2, K)
+        with lorasp.use_backend(backend), torch.autocast("cpu", torch.float16):
+            first, second = layer(x), layer(x)
+        assert first.dtype == torch.float16
+        assert torch.equal(first, second)
+
     def test_prepacked_weights_serve_it(self):
         if lorasp.available_backends()["cpp"] is not None:
             pytest.skip("packed weights need the C++ backend")

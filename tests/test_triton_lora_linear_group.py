@@ -31,6 +31,7 @@ GPU_VARIANTS = (
     {"members": 3, "granularity": "feature", "dropout_p": 0.1, "frozen_B": True},
     {"members": 4, "granularity": "feature-whole", "dropout_p": 0.1, "bias": False},
     {"members": 2, "granularity": "element", "masters": True},
+    {"members": 2, "granularity": "feature", "masters": True, "frozen_low": True, "frozen_B": True},
     {"granularity": "feature", "masters": True, "freeze_A": True},
 )
 

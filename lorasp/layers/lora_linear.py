@@ -14,7 +14,7 @@ from lorasp.functional.arguments import seed_tensor, surroundings
 from lorasp.functional.lora_linear import constants as whole_constants
 from lorasp.functional.lora_linear_group import LoRALinearPartFunction, constants
 from lorasp.layers.adapted import AdaptedLinear
-from lorasp.layers.shared_input import SharedInput, kinds_of_parts, linear_group
+from lorasp.layers.shared_input import SharedInput, kinds_of_parts, linear_group, taken_as_they_are
 from lorasp.ops import registry
 from lorasp.ops.lora_linear import LoRALinearFunction
 from lorasp.sharding import is_managed
@@ -249,9 +249,8 @@ class LoRALinear(AdaptedLinear):
         )  # fmt: skip
 
     def _remember(self, found: tuple, how: NamedTuple, o: Operands) -> None:
-        """What was checked, with its constants. Factors in other dtypes are converted by what checks them."""
-        fits = {o.lora_A.dtype, o.lora_B.dtype} <= {how.dtype, torch.float32}
-        self._checked = (found if fits else None), how
+        """What was checked, with its constants."""
+        self._checked = (found if taken_as_they_are([o], how.dtype) else None), how
 
     def _compute_part(self, x: Tensor, o: Operands, seed: Tensor | None, member: int, keep_input: bool) -> Tensor:
         """linear_group of this layer; what it checks is not checked again while sizes, dtypes and devices stay."""

@@ -243,10 +243,7 @@ class SharedInput:
             ys = linear_group(x, operands, order, round.seed, keep_input)
             weights, scales = [o.weight for o in operands], [o.scale for o in operands]
             how = constants(x, weights, scales, one.dropout_p, order, keep_input, "auto")
-            # fp32 masters or factors in the compute dtype are taken as they are; others are converted at every call.
-            factors = [o.frozen_A for o in operands] + [o.frozen_B for o in operands] if partial else []
-            dtypes = {factor.dtype for factor in factors if factor is not None} | {one.lora_A.dtype, one.lora_B.dtype}
-            self._checked = (found if dtypes <= {how.dtype, torch.float32} else None), how
+            self._checked = (found if taken_as_they_are(operands, how.dtype) else None), how
             return ys
         rest = _by_field(operands) if partial else ()
         return LoRALinearGroupFunction.apply(
@@ -315,6 +312,12 @@ def kinds_of_parts(o: NamedTuple) -> list[tuple | None]:
     """Shape, dtype and device of what a selection adds to Operands: frozen factors, columns, rows, entries."""
     parts = o.frozen_A, o.frozen_B, o.columns, o.rows, o.entries_A, o.entries_B
     return [None if part is None else (part.shape, part.dtype, part.device) for part in parts]
+
+
+def taken_as_they_are(operands: Sequence[NamedTuple], dtype: torch.dtype) -> bool:
+    """Whether all factors are fp32 masters or in the compute dtype: those in others are converted at every call."""
+    factors = [factor for o in operands for factor in (o.lora_A, o.lora_B, o.frozen_A, o.frozen_B)]
+    return {factor.dtype for factor in factors if factor is not None} <= {dtype, torch.float32}
 
 
 def _whole(o: NamedTuple) -> bool:

@@ -251,7 +251,7 @@ class LoRALinearPartFunction(torch.autograd.Function):
                 entries_B,
             )  # fmt: skip
         ctx.constants = how, x.shape, x.dtype
-        return y if x.ndim == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
+        return shaped(y, x)
 
     @staticmethod
     def backward(ctx, dy):

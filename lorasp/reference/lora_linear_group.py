@@ -15,12 +15,13 @@ from lorasp.reference import lora_linear
 
 
 def effective_A(lora_A: Tensor, frozen_A: Tensor | None, columns: Tensor | None, entries: Tensor | None) -> Tensor:
-    """A (R, K): frozen_A with its columns, or its flat entries, replaced by lora_A; without frozen_A, lora_A itself."""
+    """A (R, K) in lora_A's dtype: frozen_A, columns or flat entries replaced by lora_A; without frozen_A, lora_A."""
     if frozen_A is None:
         return lora_A
+    base = frozen_A.to(lora_A.dtype)
     if entries is not None:
-        return frozen_A.flatten().index_copy(0, entries, lora_A).view(frozen_A.shape)
-    return frozen_A.index_copy(1, columns, lora_A)
+        return base.flatten().index_copy(0, entries, lora_A).view(base.shape)
+    return base.index_copy(1, columns, lora_A)
 
 
 def effective_B(
@@ -29,7 +30,7 @@ def effective_B(
     """B (N, R): frozen_B, or zeros, with its rows, or its flat entries, replaced by lora_B; a dense lora_B itself."""
     if lora_B.shape == shape:
         return lora_B
-    base = lora_B.new_zeros(shape) if frozen_B is None else frozen_B
+    base = lora_B.new_zeros(shape) if frozen_B is None else frozen_B.to(lora_B.dtype)
     if entries is not None:
         return base.flatten().index_copy(0, entries, lora_B).view(shape)
     return base.index_copy(0, rows, lora_B)

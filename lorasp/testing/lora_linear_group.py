@@ -26,7 +26,8 @@ class Case:
     """One call: G members with N, N + 5, ... outputs and ranks R, R + 1, ...; which part of their factors trains.
 
     granularity: None all; "feature" half of the input and output features, packed; "feature-whole" the same with whole
-    factors (resampling); "element" half of the entries, packed. frozen_B: the frozen part of B is not zero.
+    factors (resampling); "element" half of the entries, packed. frozen_B: the frozen part of B is not zero. masters:
+    factors are fp32; with frozen_low, what trains alone.
     """
 
     M: int
@@ -42,12 +43,13 @@ class Case:
     freeze_A: bool = False
     need_dx: bool = True
     masters: bool = False
+    frozen_low: bool = False
     masks: bool = False
     keep_input: bool = False
     seed: int = 0
 
     def __str__(self) -> str:
-        switches = ("frozen_B", "bias", "freeze_A", "masters", "masks", "keep_input")
+        switches = ("frozen_B", "bias", "freeze_A", "masters", "frozen_low", "masks", "keep_input")
         words = [f"{self.M}x{self.K}x{self.N} r{self.R} {str(self.dtype).removeprefix('torch.')} G={self.members}"]
         words += [self.granularity] * (self.granularity is not None)
         words += [name for name in switches if getattr(self, name)]
@@ -83,24 +85,25 @@ def make_inputs(case: Case, device: str | torch.device = "cpu") -> dict:
     if case.granularity is None:
         return inputs
     As, Bs = inputs["lora_As"], inputs["lora_Bs"]
+    frozen_As, frozen_Bs = ([f.to(case.dtype) for f in fs] if case.frozen_low else list(fs) for fs in (As, Bs))
     nothing = [None] * case.members
     if case.granularity == "element":
         entries_B = [_choose(b.numel(), generator).to(device) for b in Bs]
-        partial = Partial(frozen_Bs=list(Bs) if case.frozen_B else None, entries_B=entries_B)
+        partial = Partial(frozen_Bs=frozen_Bs if case.frozen_B else None, entries_B=entries_B)
         inputs["lora_Bs"] = [b.flatten()[e] for b, e in zip(Bs, entries_B, strict=True)]
         if not case.freeze_A:
             entries_A = [_choose(a.numel(), generator).to(device) for a in As]
             inputs["lora_As"] = [a.flatten()[e] for a, e in zip(As, entries_A, strict=True)]
-            partial = partial._replace(frozen_As=list(As), entries_A=entries_A)
+            partial = partial._replace(frozen_As=frozen_As, entries_A=entries_A)
     else:
         packed = case.granularity == "feature"
         rows = [_choose(b.shape[0], generator).to(device) for b in Bs]
-        partial = Partial(frozen_Bs=list(Bs) if case.frozen_B and packed else nothing, rows=rows)
+        partial = Partial(frozen_Bs=frozen_Bs if case.frozen_B and packed else nothing, rows=rows)
         if packed:
             inputs["lora_Bs"] = [b[i] for b, i in zip(Bs, rows, strict=True)]
         if not case.freeze_A:
             columns = _choose(case.K, generator, 64 if case.K >= 512 else 1).to(device)
-            partial = partial._replace(columns=columns, frozen_As=list(As) if packed else nothing)
+            partial = partial._replace(columns=columns, frozen_As=frozen_As if packed else nothing)
             if packed:
                 inputs["lora_As"] = [a[:, columns] for a in As]
     return inputs | {"partial": partial}
@@ -157,6 +160,7 @@ def cases(shapes: Iterable[tuple[int, int, int, int]], dtypes: Iterable[torch.dt
             yield replace(plain, members=2, granularity="element", frozen_B=True)
             if dtype.itemsize < 4:
                 yield replace(plain, masters=True, granularity="feature", need_dx=False)
+                yield replace(plain, masters=True, frozen_low=True, granularity="element", frozen_B=True)
 
 
 def plan_obstacle(backend: str, plan: str, dtype: torch.dtype, device: str | torch.device = "cpu") -> str | None:
