@@ -70,16 +70,16 @@ def test_measured_tiles_are_what_launches_run_on(table_folder, capsys):
 
 
 def test_rank_products_keep_the_ranks_block(table_folder):
-    """A row serves ranks up to four times its own; a block of its rank would leave columns out."""
+    """A row serves ranks up to twice its own, where its tiles were run; a block of its rank would leave columns out."""
     best = next(tiles for tiles in RANK.candidates(TARGET) if dict(tiles.fields).get("block_c") == 256)
-    before = rank_tiles(R=64)
+    before = rank_tiles(R=32)
     assert run(table_folder, InventedBench({OWN: 1.0, best: 0.9}), [RANK]) == 0
     (row,) = read_table(table_folder / "test_gpu_7.json")["lora_linear_skinny"]
     assert row["tiles"] == dict(best.fields)
-    assert rank_tiles(R=64) == replace(before, **row["tiles"])
-    assert rank_tiles(R=64).block_r == 64
+    assert rank_tiles(R=32) == replace(before, **row["tiles"])
+    assert rank_tiles(R=32).block_r == RANK.neighbour(best).R == 32
     assert rank_tiles(M=2048, C=14336) == replace(rank_tiles(M=16, C=14336), **row["tiles"]) != rank_tiles(M=2047)
-    for other in ({"aligned": False}, {"dropout": True}, {"kernel": "outer"}, {"R": 65}, {"C": 1000}):
+    for other in ({"aligned": False}, {"dropout": True}, {"kernel": "outer"}, {"R": 33}, {"R": 3}, {"C": 1000}):
         assert rank_tiles(**other) == tuning.architecture_rank_config(
             other.get("kernel", "project"), TARGET, BF16, 8192, other.get("R", 16), aligned=other.get("aligned", True)
         )

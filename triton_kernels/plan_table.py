@@ -87,10 +87,14 @@ class Tiles:
 
 @dataclass(frozen=True)
 class TileSection:
-    """The rows of one operator's kernels: key names what calls a row speaks for (int: any size), tiles what it sets."""
+    """The rows of one operator's kernels: key names what calls a row speaks for (int: any size), tiles what it sets.
+
+    doubled: sizes that shared memory grows with; a row speaks for up to twice its own, where its tiles were run.
+    """
 
     key: Mapping[str, object]
     tiles: tuple[str, ...]
+    doubled: tuple[str, ...] = ()
 
 
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -116,6 +120,7 @@ TILE_SECTIONS = {
             "C": int, "R": int, "M": int,
         },
         ("block_m", "block_c", "num_warps", "num_stages"),
+        doubled=("R",),
     ),
 }  # fmt: skip
 

@@ -240,7 +240,8 @@ def chosen_tiles(target: Target, operator: str, kernel: str, own, **call):
     """The config of one launch: `own`, with what forced_tiles or else the device's table says of such a call.
 
     call: the other fields of the operator's TILE_SECTIONS. A table's row speaks for calls whose sizes lie within a
-    factor of four of its own and whose other fields are the same; the nearest one decides.
+    factor of four of its own, up to twice where `doubled` says so, and whose other fields are the same; the nearest one
+    decides.
     """
     tiles = _forced.get((operator, kernel))
     if tiles is None:
@@ -250,7 +251,8 @@ def chosen_tiles(target: Target, operator: str, kernel: str, own, **call):
 
 @lru_cache(maxsize=4096)
 def _measured_tiles(target: Target, operator: str, call: tuple[tuple[str, object], ...]) -> Tiles:
-    key = TILE_SECTIONS[operator].key
+    section = TILE_SECTIONS[operator]
+    key = section.key
     same = {name: value for name, value in call if key[name] is not int}
     sizes = {name: value for name, value in call if key[name] is int}
     rows = [
@@ -258,6 +260,7 @@ def _measured_tiles(target: Target, operator: str, call: tuple[tuple[str, object
         for row in load_table(target.name).get(operator, ())
         if all(row[name] == value for name, value in same.items())
         and all(_apart(row, **{name: value}) <= 2 for name, value in sizes.items())
+        and all(sizes[name] <= 2 * row[name] for name in section.doubled)
     ]
     row = min(rows, key=lambda row: _apart(row, **sizes), default={})
     return Tiles(tuple(row.get("tiles", {}).items()))

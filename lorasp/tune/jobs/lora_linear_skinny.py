@@ -62,8 +62,9 @@ class RankJob(TileJob):
         return self.M * self.C
 
     def neighbour(self, tiles: Tiles) -> "RankJob":
-        """A small call with tails and twice the rank, whose rows still suit vector loads."""
-        return replace(self, M=min(203, self.M + 3), C=33 * 16, R=min(2 * self.R, max(self.R, 64)))
+        """A small call with tails, whose rows still suit vector loads, at the highest rank that a row speaks for."""
+        most = 64 if self.kernel == "project_outer" else 2 * self.R
+        return replace(self, M=min(203, self.M + 3), C=33 * 16, R=min(2 * self.R, most))
 
     def own_config(self, target: Target) -> SkinnyConfig:
         return architecture_rank_config(self.kernel, target, self.dtype, self.M, self.R, aligned=True)
