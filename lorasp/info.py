@@ -151,7 +151,8 @@ def _gpu_lines() -> list[str]:
 def _backend_lines() -> list[str]:
     rows = {name: reason or "runs here" for name, reason in registry.available_backends().items()}
     for device in ("cpu", *["cuda"] * torch.cuda.is_available()):
-        rows[f"auto on {device}"] = registry.choose("lora_linear", device, torch.bfloat16)
+        many, few = (registry.choose("lora_linear", device, torch.bfloat16, waits) for waits in (False, True))
+        rows[f"auto on {device}"] = many if many == few else f"{many}; {few} for small layers and few tokens"
     return _lines("backends", rows)
 
 

@@ -193,6 +193,7 @@ class OnGpu:
     """As much of a CUDA tensor of n elements as the choice looks at."""
 
     is_cuda = True
+    device = torch.device("cuda", 0)
 
     def __init__(self, n):
         self.numel = lambda: n
@@ -200,6 +201,8 @@ class OnGpu:
 
 def test_auto_launches_from_cpp_where_a_gpu_would_wait_for_the_host(emulated, monkeypatch):
     monkeypatch.setattr(registry, "_triton_installed", True)
+    monkeypatch.setattr(registry, "_cuda_missing", None)
+    monkeypatch.setattr(registry, "_capability_obstacle", lambda device: None)
 
     def chosen(x, out_features, plan="auto"):
         waits = registry.waits_for_host(x, out_features, plan)
@@ -209,19 +212,25 @@ def test_auto_launches_from_cpp_where_a_gpu_would_wait_for_the_host(emulated, mo
     assert chosen(OnGpu(2048 * 4096 + 1), 4096) == "triton"
     assert chosen(OnGpu(8), 8, "fused") == "triton"
     assert chosen(torch.empty(8), 8) == "triton"
+    with monkeypatch.context() as turing:
+        turing.setattr(registry, "_capability_obstacle", {0: "needs compute capability 8.0, got 7.5"}.get)
+        assert chosen(OnGpu(8), 8) == "triton"
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert chosen(OnGpu(8), 8) == "triton"
     monkeypatch.undo()
     monkeypatch.setattr(registry, "_triton_installed", True)
-    assert registry.choose("lora_linear_group", "cuda", torch.bfloat16, waits=True) != "cuda"  # not built
+    assert not registry.waits_for_host(OnGpu(8), 8, "auto")  # not built
+    assert registry.choose("lora_linear_group", "cuda", torch.bfloat16, waits=True) != "cuda"
 
 
 def test_absence_is_explained(monkeypatch):
     monkeypatch.setattr(registry, "_cuda_missing", None)
+    monkeypatch.setattr(registry, "_capability_obstacle", registry._capability_obstacle.__wrapped__)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert registry.available_backends()["cuda"] == "no CUDA device"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert registry.available_backends()["cuda"] == "needs compute capability 8.0, got 7.5"
     assert registry.unsupported("cuda", "cpu", torch.float32) == "cuda runs on cuda, not on cpu"
     assert registry.unsupported("cuda", "cuda", torch.float64) == "cuda does not compute in torch.float64"

@@ -15,6 +15,7 @@ from torch.nn.functional import linear
 
 import lorasp
 from lorasp import lora_linear, rng, testing
+from lorasp.functional import arguments as shared_checks
 from lorasp.ops import registry
 from lorasp.ops.lora_linear import backward_ops, forward_ops
 from lorasp.testing import Case, make_inputs
@@ -183,6 +184,13 @@ def test_autocast_computes_what_linear_computes(x_dtype, weight_dtype):
     assert (x.grad.dtype, lora_A.grad.dtype, lora_B.grad.dtype) == (x_dtype, torch.float32, torch.float32)
     plain = lora_linear(x.bfloat16(), weight.bfloat16(), lora_A, lora_B, inputs["bias"].bfloat16())
     assert torch.equal(y, plain)
+
+
+def test_autocast_of_a_device_that_torch_learnt_of_later(monkeypatch):
+    monkeypatch.setattr(shared_checks, "_AUTOCAST_DEVICES", frozenset())
+    inputs = make_inputs(4, 8, 6, 2, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert lora_linear(*(inputs[name] for name in ("x", "weight", "lora_A", "lora_B"))).dtype == torch.bfloat16
 
 
 def test_autocast_leaves_float64_alone():

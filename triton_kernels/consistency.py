@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, check_operand, device_of, per_shape
+from .launch import Launch, as_bytes, check_operand, device_of, per_shape, with_unit_stride
 from .tuning import ceil_div, next_power_of_two
 
 _STATS = 6
@@ -141,8 +141,8 @@ def forward(logits: Tensor, other: Tensor, mask: Tensor | None, kind: str) -> tu
     stats = torch.empty((B, T, _STATS), dtype=torch.float32, device=logits.device)
     if B * T == 0:
         return rows, stats
-    logits, other = _with_unit_stride(logits), _with_unit_stride(other)
-    mask = _bytes(mask)
+    logits, other = with_unit_stride(logits), with_unit_stride(other)
+    mask = as_bytes(mask)
     run = _forward_launch((B, T, V), logits.stride(), other.stride(), kind, mask is not None)
     with device_of(logits):
         run(logits, other, mask, rows, stats)
@@ -171,7 +171,7 @@ def backward(
         torch.empty(side.shape if needed else (0,), dtype=side.dtype, device=side.device)
         for side, needed in ((logits, need_dlogits), (other, need_dother))
     )
-    logits, other = _with_unit_stride(logits), _with_unit_stride(other)
+    logits, other = with_unit_stride(logits), with_unit_stride(other)
     _gradients(
         drows, logits, other, stats, mask, kind, dlogits if need_dlogits else None, dother if need_dother else None
     )
@@ -196,7 +196,7 @@ def _gradients(drows, logits, other, stats, mask, kind, dlogits, dother) -> None
     B, T, V = logits.shape
     if B * T == 0:
         return
-    mask = _bytes(mask)
+    mask = as_bytes(mask)
     run = _gradients_launch(
         (B, T, V), logits.stride(), other.stride(), None if dlogits is None else dlogits.stride(),
         None if dother is None else dother.stride(), kind, mask is not None,
@@ -220,12 +220,3 @@ def _gradients_launch(shape, strides, other_strides, da_strides, db_strides, kin
     free = ("drows_ptr", "a_ptr", "b_ptr", "stats_ptr", "mask_ptr", "da_ptr", "db_ptr")
     grid = (B * T * ceil_div(V, block),)
     return Launch(_consistency_bwd_kernel, grid, arguments, free, num_warps=4, num_stages=1)
-
-
-def _with_unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
-
-
-def _bytes(mask: Tensor | None) -> Tensor | None:
-    """A boolean mask as the contiguous bytes that kernels read."""
-    return None if mask is None else mask.contiguous().view(torch.uint8)

@@ -68,7 +68,7 @@ def backward(
     return dq, dk if need_dk else do.new_empty(0), dv if need_dv else do.new_empty(0), dmask
 
 
-def _statistics(call, do, o, lse) -> Tensor:
+def _statistics(call, do, o, lse) -> tuple[Tensor, Tensor]:
     """What the backward kernels read of every query, in whole blocks of theirs: base and delta, fp32 (B, H, rows)."""
     run, rows = prepared.delta(call.spec, o.shape[3], steps(do), steps(o))
     base, delta = lse.new_empty((2, *lse.shape[:2], rows))

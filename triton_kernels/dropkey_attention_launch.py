@@ -15,6 +15,7 @@ from .dropkey_attention_bwd import (
 from .dropkey_attention_fwd import _dropkey_attention_fwd_kernel, _dropkey_attention_index_kernel
 from .dropkey_attention_tiles import AttentionConfig, attention_config, pad_head_dim
 from .launch import Launch, per_shape, precision_of, target_of
+from .philox import span_length
 from .tuning import ceil_div
 
 Steps = tuple[int, ...]
@@ -70,7 +71,7 @@ class Call(NamedTuple):
     def of(q, k, v, attn_mask, seed, dropout_p, pattern, is_causal, scale) -> "Call":
         (B, H, Sq, _), (_, key_heads, Sk, _), target = q.shape, k.shape, target_of(q)
         threshold = round(dropout_p * 65536)
-        length = min(Sk - 1, max(1, int(dropout_p * Sk))) if pattern == "span" and dropout_p > 0 else 0
+        length = span_length(dropout_p, Sk) if pattern == "span" else 0
         index = rank = None
         if length > 0 or (pattern == "column" and threshold > 0):
             index = q.new_empty((B * H, Sk), dtype=torch.int32)

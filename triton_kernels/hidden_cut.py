@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import philox
-from .launch import Launch, check_operand, device_of, per_shape
+from .launch import Launch, check_operand, device_of, per_shape, with_unit_stride
 from .tuning import ceil_div, next_power_of_two
 
 _PURPOSE = tl.constexpr(2)
@@ -76,8 +76,8 @@ def _cut(x, residual, seed, p, pattern, dtype) -> Tensor:
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     if out.numel() == 0:
         return out
-    x = _with_unit_stride(x)
-    residual = None if residual is None else _with_unit_stride(residual)
+    x = with_unit_stride(x)
+    residual = None if residual is None else with_unit_stride(residual)
     run = _launch(
         tuple(x.shape), x.stride(), None if residual is None else residual.stride(), p, pattern,
         x.is_contiguous() and (residual is None or residual.is_contiguous()),
@@ -91,7 +91,7 @@ def _cut(x, residual, seed, p, pattern, dtype) -> Tensor:
 def _launch(shape, strides, residual_strides, p, pattern, contiguous) -> Launch:
     """(x, residual, out, seed); contiguous: x and residual."""
     B, S, F = shape
-    length = 0 if p == 0.0 else min(S - 1, max(1, int(p * S)))
+    length = philox.span_length(p, S)
     places = S - length + 1
     flat = pattern == "element" and contiguous
     if flat:  # one row: every tile starts at a multiple of eight elements
@@ -111,7 +111,3 @@ def _launch(shape, strides, residual_strides, p, pattern, contiguous) -> Launch:
     grid = (ceil_div(B * S, block_m) * ceil_div(F, block_f),)
     free = ("x_ptr", "residual_ptr", "out_ptr", "seed_ptr")
     return Launch(_hidden_cut_kernel, grid, arguments, free, num_warps=4, num_stages=1)
-
-
-def _with_unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()

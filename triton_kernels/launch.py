@@ -92,6 +92,16 @@ def device_of(tensor: torch.Tensor):
     return torch.cuda.device(tensor.device)
 
 
+def with_unit_stride(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself where the entries of its last dimension lie side by side, else a contiguous copy."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def as_bytes(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """A boolean mask as the contiguous bytes that kernels read."""
+    return None if mask is None else mask.contiguous().view(torch.uint8)
+
+
 def precision_of(tensor: torch.Tensor) -> str:
     """input_precision of fp32 products: TF32 only where torch's own matmul may use it."""
     allowed = tensor.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"

@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import tuning
-from .launch import Launch, check_operand, device_of, per_shape, precision_of, target_of
+from .launch import Launch, check_operand, device_of, per_shape, precision_of, target_of, with_unit_stride
 from .lora_linear_gemm import _lora_linear_gemm_kernel, _lora_linear_onepass_kernel
 from .lora_linear_products import (
     MASK_FREE,
@@ -26,7 +26,6 @@ from .lora_linear_products import (
     outer,
     project,
     wide_rows,
-    with_unit_stride,
 )
 from .lora_linear_tma import _lora_linear_gemm_tma_kernel, _lora_linear_onepass_tma_kernel
 from .tuning import ceil_div

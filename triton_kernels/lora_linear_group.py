@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import tuning
-from .launch import check_operand, device_of, target_of
+from .launch import check_operand, device_of, target_of, with_unit_stride
 from .lora_linear import gemm, onepass
 from .lora_linear_group_products import (
     MOST_MEMBERS,
@@ -25,17 +25,13 @@ from .lora_linear_group_products import (
     columns_outer,
     group_gemm,
     group_project,
-    positions,
 )
 from .lora_linear_products import (
     NO_DROPOUT,
     Dropout,
     accumulate,
-    in_one_pass,
+    from_dy,
     outer,
-    project,
-    project_outer,
-    with_unit_stride,
 )
 
 _OPERATOR = "lora_linear_group"
@@ -143,7 +139,7 @@ def backward(
                 need_dx or need_dA[i], need_dB[i], target,
             )  # fmt: skip
             gs.append(g)
-            dBs.append(dys[0].new_empty(0) if dB is None else dB)
+            dBs.append(dB)
         source = x if columns is None else x_columns
         dAs = _dA(source, gs, lora_As, columns, entries_A, mask_As, dropouts, need_dA, sizes, K, target)
         dx = nothing
@@ -181,23 +177,13 @@ def _effective(lora, frozen, dim, index, entries, shape, dtype) -> Tensor:
     return whole
 
 
-def _down(dy, B, lora_B, rows, entries, xa, mask, scale, need_g, need_dB, target) -> tuple[Tensor | None, ...]:
-    """(g (M, R) or None, dB in lora_B's shape and dtype or None) of one member."""
-    (M, N), R = dy.shape, B.shape[1]
-    g = dB = None
-    if need_g and need_dB and in_one_pass(target, dy.dtype, M, N, R, dy.stride()):
-        places, features = (None, N) if rows is None else (positions(rows, N), rows.shape[0])
-        g, dB = project_outer(dy, B, xa, scale, mask, lora_B.dtype, target, places, features)
-    else:
-        if need_g:
-            g = project(dy, B, scale, NO_DROPOUT, target, rank_first=False)
-        if need_dB:
-            dB = outer(dy, xa.contiguous(), lora_B.dtype, mask, NO_DROPOUT, target, rank_first=False)
-            dB = dB if rows is None else dB.index_select(0, rows)
+def _down(dy, B, lora_B, rows, entries, xa, mask, scale, need_g, need_dB, target) -> tuple[Tensor | None, Tensor]:
+    """(g (M, R) or None, dB in lora_B's shape and dtype or (0,)) of one member."""
+    g, dB = from_dy(dy, B, xa, scale, mask, lora_B.dtype, need_g, need_dB, target, rows)
     if need_dB and entries is not None:
         dB = dB.view(-1).index_select(0, entries)
-    elif need_dB and rows is not None and lora_B.shape[0] == N:
-        dB = lora_B.new_zeros((N, R)).index_copy_(0, rows, dB)
+    elif need_dB and rows is not None and lora_B.shape == B.shape:
+        dB = torch.zeros_like(lora_B, memory_format=torch.contiguous_format).index_copy_(0, rows, dB)
     return g, dB
 
 

@@ -23,16 +23,10 @@ from .lora_linear_group_skinny import (
     _lora_linear_group_accumulate_kernel,
     _lora_linear_group_project_kernel,
 )
-from .lora_linear_products import accumulate, mask_constants, project, reduce, split_sum, wide_rows
+from .lora_linear_products import accumulate, mask_constants, positions, project, reduce, split_sum, wide_rows
 from .tuning import ceil_div
 
 MOST_MEMBERS = 3  # of one launch
-
-
-def positions(index: Tensor, size: int) -> Tensor:
-    """int32 (size,): where each of 0 … size − 1 stands in `index`, −1 where it does not."""
-    where = torch.full((size,), -1, dtype=torch.int32, device=index.device)
-    return where.index_copy_(0, index, torch.arange(index.shape[0], dtype=torch.int32, device=index.device))
 
 
 def _numbered(*names: str) -> tuple[str, ...]:

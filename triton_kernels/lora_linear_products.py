@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import tuning
-from .launch import Launch, per_shape, precision_of
+from .launch import Launch, as_bytes, per_shape, precision_of
 from .lora_linear_skinny import (
     _lora_linear_accumulate_kernel,
     _lora_linear_outer_kernel,
@@ -60,15 +60,17 @@ def mask_constants(active: bool, columns: int) -> dict:
     return {"DROPOUT": active, "ALIGNED": columns % 8 == 0}
 
 
-def from_dy(dy, lora_B, xa, scale, mask_B, dtype, need_g, need_dB, target) -> tuple[Tensor | None, Tensor]:
+def from_dy(dy, lora_B, xa, scale, mask_B, dtype, need_g, need_dB, target, rows=None) -> tuple[Tensor | None, Tensor]:
     """(g, dB) as project_outer gives them, in one pass over dy where that moves fewer bytes than two; g may be None,
-    dB is (0,) where it is not needed."""
+    dB is (0,) where it is not needed. rows: which rows of dB are wanted; None: all."""
     if need_g and need_dB and in_one_pass(target, dy.dtype, *dy.shape, lora_B.shape[1], dy.stride()):
-        return project_outer(dy, lora_B, xa, scale, mask_B, dtype, target)
+        places, features = (None, None) if rows is None else (positions(rows, dy.shape[1]), rows.shape[0])
+        return project_outer(dy, lora_B, xa, scale, mask_B, dtype, target, places, features)
     g = project(dy, lora_B, scale, NO_DROPOUT, target, rank_first=False) if need_g else None
     if not need_dB:
         return g, dy.new_empty(0)
-    return g, outer(dy, xa.contiguous(), dtype, mask_B, NO_DROPOUT, target, rank_first=False)
+    dB = outer(dy, xa.contiguous(), dtype, mask_B, NO_DROPOUT, target, rank_first=False)
+    return g, dB if rows is None else dB.index_select(0, rows)
 
 
 @per_shape
@@ -115,7 +117,7 @@ def outer(p, h, dtype, mask, dropout, target, rank_first) -> Tensor:
     )
     out = p.new_empty((R, C) if rank_first else (C, R), dtype=dtype)
     partials = out if parts == 1 else p.new_empty((parts, *out.shape), dtype=torch.float32)
-    mask = _bytes(mask)
+    mask = as_bytes(mask)
     run(p, h, partials, mask if parts == 1 else None, *dropout.free)
     return out if parts == 1 else reduce(partials, out, mask)
 
@@ -151,7 +153,7 @@ def project_outer(dy, lora_B, xa, scale, mask_B, dtype, target, positions=None, 
     run(dy, lora_B, xa.contiguous(), g_partials, dB_partials, positions, scale)
     if parts > 1:
         reduce(g_partials, g, None)
-    return g, reduce(dB_partials, dB, _bytes(mask_B))
+    return g, reduce(dB_partials, dB, as_bytes(mask_B))
 
 
 @per_shape
@@ -218,15 +220,12 @@ def factor(lora: Tensor, dtype: torch.dtype) -> Tensor:
     return lora if lora.dtype == dtype and lora.is_contiguous() else lora.to(dtype).contiguous()
 
 
-def with_unit_stride(matrix: Tensor) -> Tensor:
-    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
+def positions(index: Tensor, size: int) -> Tensor:
+    """int32 (size,): where each of 0 … size − 1 stands in `index`, −1 where it does not."""
+    where = torch.full((size,), -1, dtype=torch.int32, device=index.device)
+    return where.index_copy_(0, index, torch.arange(index.shape[0], dtype=torch.int32, device=index.device))
 
 
 def wide_rows(strides: tuple[int, int]) -> bool:
     """Whether the JIT can prove wide loads: it knows of an integer argument only that it is 1 or divisible by 16."""
     return strides[1] == 1 and strides[0] % 16 == 0
-
-
-def _bytes(mask: Tensor | None) -> Tensor | None:
-    """A boolean mask as the contiguous bytes that kernels read."""
-    return None if mask is None else mask.contiguous().view(torch.uint8)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .launch import check_operand, device_of, target_of
+from .launch import check_operand, device_of, target_of, with_unit_stride
 from .lora_linear_products import (
     NO_DROPOUT,
     Dropout,
@@ -21,7 +21,6 @@ from .lora_linear_products import (
     from_dy,
     outer,
     project,
-    with_unit_stride,
 )
 
 

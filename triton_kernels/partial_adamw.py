@@ -9,12 +9,11 @@ Where `active` is False nothing is written, whatever the gradient holds. Nothing
 import math
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, check_operand, device_of, per_shape
+from .launch import Launch, as_bytes, check_operand, device_of, per_shape
 from .tuning import ceil_div
 
 _BLOCK = 1024
@@ -90,7 +89,7 @@ def step_(
             originals = param, exp_avgs[i], exp_avg_sqs[i]
             written = [tensor.contiguous() for tensor in originals]
             run = _launch(param.numel(), param.shape[-1] if param.ndim else 1, active is not None and active.shape)
-            bits = None if active is None else active.contiguous().view(torch.uint8)
+            bits = as_bytes(active)
             run(*written, grads[i].contiguous(), steps[i].contiguous(), bits, *scalars)
             for tensor, new in zip(originals, written, strict=True):
                 if tensor is not new:

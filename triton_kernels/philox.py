@@ -11,6 +11,11 @@ import triton.language as tl
 PURPOSE_LORA_DROPOUT = 0
 
 
+def span_length(p: float, S: int) -> int:
+    """Positions of S that a span drops at rate p: one at least, never all; none at p = 0."""
+    return min(S - 1, max(1, int(p * S))) if p > 0.0 else 0
+
+
 @triton.jit
 def _keep_byte(seed, group, purpose: tl.constexpr, member, threshold):
     """The keep bits of elements 8·group … 8·group + 7, lowest first, for int64 `group`."""

@@ -19,7 +19,12 @@ _AUTOCAST_DEVICES = frozenset(
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast would have torch.nn.functional.linear compute in; None where it leaves x alone."""
     device_type = x.device.type
-    if x.dtype == torch.float64 or device_type not in _AUTOCAST_DEVICES:
+    if x.dtype == torch.float64:
+        return None
+    # Others may have been registered since (PrivateUse1).
+    if device_type not in _AUTOCAST_DEVICES and (
+        torch.compiler.is_compiling() or not torch.amp.is_autocast_available(device_type)
+    ):
         return None
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
@@ -49,7 +54,12 @@ def check_dropout(where: str, dropout_p: float) -> bool:
         raise ValueError(f"{where}: dropout_p must be in [0, 1), got {dropout_p!r}")
     if rng.threshold(dropout_p) == 65536:
         raise ValueError(f"{where}: dropout_p must be below 1 - 2^-17 (16-bit masks), got {dropout_p!r}")
-    return rng.threshold(dropout_p) > 0
+    return effective_rate(dropout_p) > 0.0
+
+
+def effective_rate(dropout_p: float) -> float:
+    """A checked dropout_p, 0.0 where a mask of 16 bits drops nothing."""
+    return float(dropout_p) if dropout_p != 0.0 and rng.threshold(dropout_p) > 0 else 0.0
 
 
 def factor(tensor: Tensor, dtype: torch.dtype) -> Tensor:

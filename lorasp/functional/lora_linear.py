@@ -6,8 +6,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lorasp import rng
-from lorasp.functional.arguments import autocast_dtype, check_dropout, check_tensor, compute_dtypes, factor, seed_tensor
+from lorasp.functional.arguments import (
+    autocast_dtype,
+    check_dropout,
+    check_tensor,
+    compute_dtypes,
+    effective_rate,
+    factor,
+    seed_tensor,
+)
 from lorasp.ops import registry
 from lorasp.ops.lora_linear import LoRALinearFunction
 
@@ -108,5 +115,4 @@ def constants(x: Tensor, weight: Tensor, scale: float, dropout_p: float, plan: s
     """Everything about a call that is no tensor, from arguments that were checked."""
     dtype = autocast_dtype(x) or x.dtype
     backend, plan = registry.choose_linear("lora_linear", x, weight.shape[0], dtype, plan)
-    dropping = dropout_p != 0.0 and rng.threshold(dropout_p) > 0
-    return Constants(float(scale), float(dropout_p) if dropping else 0.0, dtype, backend, plan)
+    return Constants(float(scale), effective_rate(dropout_p), dtype, backend, plan)

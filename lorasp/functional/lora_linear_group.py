@@ -8,8 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lorasp import rng
-from lorasp.functional.arguments import autocast_dtype, check_dropout, check_tensor, compute_dtypes, factor, seed_tensor
+from lorasp.functional.arguments import (
+    autocast_dtype,
+    check_dropout,
+    check_tensor,
+    compute_dtypes,
+    effective_rate,
+    factor,
+    seed_tensor,
+)
 from lorasp.functional.lora_linear import PackedWeight
 from lorasp.ops import registry
 from lorasp.ops.lora_linear_group import LoRALinearGroupFunction, LoRALinearPartFunction, Members
@@ -151,7 +158,7 @@ def constants(
     backend, plan = registry.choose_linear("lora_linear_group", x, out_features, dtype, plan)
     return Constants(
         tuple([float(scale) for scale in scales]),
-        float(dropout_p) if dropout_p != 0.0 and rng.threshold(dropout_p) > 0 else 0.0,
+        effective_rate(dropout_p),
         tuple(members),
         keep_input,
         dtype,

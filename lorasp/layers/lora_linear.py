@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lorasp.config import LoRAConfig, PartialConfig, check_adapter
 from lorasp.functional import PackedWeight, lora_linear, pack_weight
-from lorasp.functional.arguments import seed_tensor, surroundings
+from lorasp.functional.arguments import autocast_dtype, seed_tensor, surroundings
 from lorasp.functional.lora_linear import constants as whole_constants
 from lorasp.functional.lora_linear_group import LoRALinearPartFunction, constants
 from lorasp.layers.adapted import AdaptedLinear
@@ -301,9 +301,7 @@ class LoRALinear(AdaptedLinear):
         self.drop_packed()
 
     def _current_pack(self, weight: Tensor) -> PackedWeight:
-        device = weight.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
+        dtype = autocast_dtype(weight) or weight.dtype
         state = (weight.data_ptr(), weight._version, weight.device, weight.dtype, dtype)
         if self._packed is None or self._packed.made_from != state:
             if is_managed(self):

@@ -37,7 +37,7 @@ def _fake(hidden, other, weight, bias, mask, drows, kind, need_dhidden, need_dot
 
 
 def _reference(hidden, *arguments):
-    with torch.autocast(hidden.device.type, enabled=False):
+    with registry.autocast_off(hidden.device.type):
         return reference.forward(hidden, *arguments)
 
 
@@ -86,7 +86,7 @@ def _chunked(backend: str):
         return rows, dhidden, dother, dweight.to(weight.dtype), dbias.to(weight.dtype)
 
     def without_autocast(hidden, *arguments):
-        with torch.autocast(hidden.device.type, enabled=False):
+        with registry.autocast_off(hidden.device.type):
             return run(hidden, *arguments)
 
     return without_autocast

@@ -66,9 +66,14 @@ def _triton_missing() -> str | None:
 def _cuda_obstacle() -> str | None:
     if _cuda_missing is not None:
         return _cuda_missing
-    if not torch.cuda.is_available():
+    return _capability_obstacle(torch.cuda.current_device() if torch.cuda.is_available() else 0)
+
+
+@functools.cache
+def _capability_obstacle(device: int) -> str | None:
+    if not torch.cuda.is_available():  # its tensors are fake
         return "no CUDA device"
-    capability = torch.cuda.get_device_capability()
+    capability = torch.cuda.get_device_capability(device)
     return None if capability >= (8, 0) else "needs compute capability 8.0, got {}.{}".format(*capability)
 
 
@@ -124,16 +129,25 @@ def unsupported(backend: str, device_type: str, dtype: torch.dtype) -> str | Non
     return None if device_type == "cuda" else f"triton runs on cuda, not on {device_type}"
 
 
-# Multiply-adds of a frozen product that a GPU of some 800 TFLOP/s computes in 90 us each way. The launches of a layer's
+# Multiply-adds of a frozen product that a GPU of some 800 TFLOP/s (half precision; float32 takes longer, and would want
+# less) computes in 90 us each way. The launches of a layer's
 # forward and backward take the host 330 us from Triton and 225 us from C++, PEFT's layer 190 us: CPU time measured by
 # tests/idle_gpu/host_time.py, on a device that computes nothing.
 _HOST_BOUND = 2**35
 
 
 def waits_for_host(x: torch.Tensor, out_features: int, plan: str) -> bool:
-    """Whether a GPU would wait for a linear layer's launches; never in a traced graph, nor where a plan is forced."""
+    """Whether a GPU that backend cuda serves may wait for a linear layer's launches.
+
+    Never in a traced graph, nor where a plan is forced.
+    """
     return (
-        not torch.compiler.is_compiling() and x.is_cuda and plan == "auto" and x.numel() * out_features <= _HOST_BOUND
+        _cuda_missing is None
+        and not torch.compiler.is_compiling()
+        and x.is_cuda
+        and plan == "auto"
+        and x.numel() * out_features <= _HOST_BOUND
+        and _capability_obstacle(x.device.index) is None
     )
 
 
