@@ -35,7 +35,7 @@ def pytest_generate_tests(metafunc):
     names = config.getoption("shapes") or ["llama3-8b" if device.type == "cuda" else "square"]
     tokens = config.getoption("tokens")
     shapes = [shape for name in names for shape in bench.SHAPES[name]]
-    shapes = list(dict.fromkeys(shapes if tokens is None else bench.with_tokens(shapes, tokens)))
+    shapes = bench.distinct(shapes if tokens is None else bench.with_tokens(shapes, tokens))
     chosen = config.getoption("providers")
     providers = (
         workloads.default_providers(device, prepack=device.type == "cpu")

@@ -19,6 +19,8 @@ from pathlib import Path
 
 from report_plots import PLOTS
 
+from lorasp.bench import attention
+
 ROOT = Path(__file__).resolve().parents[1]
 _MIB, _GIB = 2**20, 2**30
 _BLOCK = re.compile(r"(<!-- results:(?P<name>[\w-]+) -->\n)(?P<text>.*?)(<!-- /results -->)", re.DOTALL)
@@ -65,8 +67,10 @@ ATTENTION = {
     ("lorasp column", 0.3): "p = 0.3",
     ("lorasp column", 0.5): "p = 0.5",
     ("lorasp element", 0.1): "logits dropped, p = 0.1",
-    ("SDPA, mask", 0.1): "SDPA with the mask",
-    ("logits, masked_fill, softmax", 0.1): "logits, masked_fill, softmax",
+    (attention.FLASH_DROPOUT, 0.1): "flash, dropout 0.1",
+    (attention.CUDNN, None): "cuDNN, no drop",
+    (attention.MASK, 0.1): "SDPA with the mask",
+    (attention.EAGER, 0.1): "logits, masked_fill, softmax",
 }
 MODELS = {"llama-7b": "LLaMA-7B", "roberta-large": "RoBERTa-large", "t5-large": "T5-large"}
 _SHORT = {"bfloat16": "bf16", "float32": "fp32", "float16": "fp16"}
@@ -137,11 +141,12 @@ def _is_cuda(rows: Rows) -> bool:
 
 
 def layers(rows: Rows) -> dict[str, dict[str, str]]:
-    """Ratio of forward + backward by shape and provider."""
+    """Ratio of forward + backward by layer and provider."""
     found: dict[str, dict[str, str]] = {}
     for row in rows:
         if row["mode"] == "forward+backward":
-            shape = f"{row['M']}×{row['K']}×{row['N']} r{row['R']}"
+            shape = f"{row['layer']} {row['M']}×{row['K']}×{row['N']} r{row['R']}".lstrip()
+            shape += ", bias" * (row["bias"] == "True")
             found.setdefault(shape, {})[row["provider"]] = ratio(row["ratio"])
     return found
 
@@ -149,7 +154,7 @@ def layers(rows: Rows) -> dict[str, dict[str, str]]:
 def layer_table(*columns: tuple[Rows, str, str]) -> str:
     """columns: rows of a csv, a provider, its heading; lines: the shapes of the first column's csv."""
     read = [(layers(rows), provider) for rows, provider, _ in columns]
-    lines = [[shape, *(found[shape].get(provider, "") for found, provider in read)] for shape in read[0][0]]
+    lines = [[shape, *(found.get(shape, {}).get(provider, "") for found, provider in read)] for shape in read[0][0]]
     return table(["M×K×N, rank", *(heading for _, _, heading in columns)], lines)
 
 
@@ -170,13 +175,14 @@ def amd_layers(results: Results) -> str:
 
 def attention_table(*files: Rows) -> str:
     lines = []
-    for rows in files:
-        for sizes in dict.fromkeys(row["sizes"] for row in rows):
-            found = {(r["name"], float(r["rate"] or -1)): ratio(r["ratio"]) for r in rows if r["sizes"] == sizes}
-            causal = " causal" * (rows[0]["causal"] == "True")
-            label = f"{_SHORT[rows[0]['dtype']]}{causal}, {sizes.replace('x', '×')}"
-            lines.append([label, *(found.get(key, "") for key in ATTENTION)])
-    return table(["dtype, B×H×S×D", *ATTENTION.values()], lines)
+    for part in (part for rows in files for part in _by(rows, "sizes", "causal")):
+        found = {(row["name"], float(row["rate"]) if row["rate"] else None): ratio(row["ratio"]) for row in part}
+        causal = " causal" * (part[0]["causal"] == "True")
+        label = f"{_SHORT[part[0]['dtype']]}{causal}, {part[0]['sizes'].replace('x', '×')}"
+        lines.append([label, *(found.get(key, "") for key in ATTENTION)])
+    columns = zip(["dtype, B×H×S×D", *ATTENTION.values()], *lines, strict=True)
+    head, *lines = zip(*(column for column in columns if any(column[1:])), strict=True)
+    return table(head, lines)
 
 
 def memory_table(rows: Rows) -> str:
@@ -287,8 +293,12 @@ def gpu(results: Results) -> str:
     return text
 
 
-def _by(rows: Rows, column: str) -> list[Rows]:
-    return [[row for row in rows if row[column] == value] for value in dict.fromkeys(row[column] for row in rows)]
+def _by(rows: Rows, *columns: str) -> list[Rows]:
+    """The rows of equal values in these columns together, in the order of their first."""
+    parts: dict[tuple[str, ...], Rows] = {}
+    for row in rows:
+        parts.setdefault(tuple(row[column] for column in columns), []).append(row)
+    return list(parts.values())
 
 
 def _caption(rows: Rows) -> str:

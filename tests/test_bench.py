@@ -24,6 +24,10 @@ def providers(*names):
     return [Provider.parse(name) for name in names]
 
 
+def options_of(*arguments):
+    return cli.parser().parse_args(["bench", *arguments])
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -268,8 +272,7 @@ def test_an_unavailable_provider_asked_for_by_name_is_an_error(tmp_path, capsys,
     ],
 )  # fmt: skip
 def test_freeze_A_and_prepack_apply_to_every_adapter(arguments, expected):
-    options = cli.parser().parse_args(["bench", *arguments])
-    assert [provider.name for provider in command.choose_providers(options, CPU)] == expected
+    assert [provider.name for provider in command.choose_providers(options_of(*arguments), CPU)] == expected
 
 
 def test_a_wrong_provider_stops_the_benchmark(tmp_path, capsys, monkeypatch):
@@ -287,6 +290,16 @@ def test_named_sets_take_the_models_sizes():
     sizes = {shape.name: (shape.K, shape.N) for shape in bench.SHAPES["llama3-8b"]}
     assert sizes == {"q_o": (4096, 4096), "k_v": (4096, 1024), "gate_up": (4096, 14336), "down": (14336, 4096)}
     assert {shape.M for shape in bench.with_tokens(bench.SHAPES["llama3-8b"], 7)} == {7}
+
+
+def test_a_layer_that_two_sets_name_is_measured_once():
+    shapes = command.choose_shapes(options_of("--shapes", "llama3-8b", "square-large"), torch.device("cuda"))
+    assert [(shape.name, shape.K, shape.N, shape.R) for shape in shapes] == [
+        ("q_o", 4096, 4096, 16), ("k_v", 4096, 1024, 16), ("gate_up", 4096, 14336, 16), ("down", 14336, 4096, 16),
+        ("", 4096, 4096, 64), ("", 8192, 8192, 16),
+    ]  # fmt: skip
+    biased = dataclasses.replace(SHAPE, bias=True)
+    assert bench.distinct([SHAPE, biased, dataclasses.replace(SHAPE, name="again")]) == [SHAPE, biased]
 
 
 def test_a_file_name_says_sets_device_dtype_and_dropout():

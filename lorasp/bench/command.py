@@ -30,7 +30,7 @@ def choose_shapes(options: argparse.Namespace, device: torch.device) -> list[Sha
             tokens = _CPU_TOKENS
         shapes += bench.SHAPES[name] if tokens is None else bench.with_tokens(bench.SHAPES[name], tokens)
     shapes += [Shape(*sizes) for sizes in options.mknr or ()]
-    return [replace(shape, members=options.members) for shape in shapes]
+    return [replace(shape, members=options.members) for shape in bench.distinct(shapes)]
 
 
 def choose_providers(options: argparse.Namespace, device: torch.device) -> list[Provider]:
