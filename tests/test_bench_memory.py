@@ -3,10 +3,12 @@
 import contextlib
 import csv
 import dataclasses
+import gc
 import io
 import itertools
 import json
 import sys
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -251,14 +253,15 @@ def test_measured_rows_come_from_a_process_each(tmp_path, capsys, monkeypatch):
     assert int(rows[2]["saved_over_frozen"]) == int(rows[2]["saved_bytes"]) - int(rows[0]["saved_bytes"])
 
 
-def on_cuda(monkeypatch, error=None):
-    """run() as on a GPU, with this CPU's tensors and clocks of our own; error: what timing all together raises."""
-    measure, workload = model_memory.measure, Setting.workload
+def on_cuda(monkeypatch, error=None, ask=model_memory.measure):
+    """run() as on a GPU, with this CPU's tensors and clocks of our own; error: what timing all together raises; ask:
+    what stands in for a process per variant."""
+    workload = Setting.workload
     monkeypatch.setattr(Setting, "workload", lambda self, device: workload(self, CPU))
     monkeypatch.setattr(model_memory, "_peak_of_a_step", lambda *a: (10 * 2**30, 11 * 2**30))
     monkeypatch.setattr(model_memory, "verify_operators", lambda *a: None)
     monkeypatch.setattr(model_memory, "make_clock", lambda device: lambda step, calls: step() or 1.0)
-    monkeypatch.setattr(model_memory, "ask_child", measure)
+    monkeypatch.setattr(model_memory, "ask_child", ask)
     if error:
         monkeypatch.setattr(model_memory, "interleave", lambda *a: (_ for _ in ()).throw(error))
     setting = Setting(NAME, torch.bfloat16, 0.0)
@@ -280,6 +283,38 @@ def test_where_the_variants_do_not_fit_together_it_says_so(monkeypatch, capsys):
     assert "NOT interleaved" in capsys.readouterr().out
     assert {row.timing for row in result.rows} == {"each in a process of its own"}
     assert {(row.ms, row.to_peft) for row in result.rows} == {(1000.0, None)}
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_the_next_models_processes_find_the_memory_that_timing_took(fits, monkeypatch):
+    """No tensor of it is alive when torch's allocator gives its memory back, and that is before they start."""
+    events, timed, interleave = [], [], model_memory.interleave
+
+    def noted(base, steps, *more):
+        timed.extend(weakref.ref(next(step.__self__.model.parameters()).untyped_storage()) for step in steps)
+        samples = interleave(base, steps, *more)
+        cycle = [steps]  # as a process's first forward leaves one
+        cycle.append(cycle)
+        events.append("timed")
+        if not fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return samples
+
+    def ask(setting, variant, device):
+        events.append("asked")
+        return measure(setting, variant, CPU)
+
+    measure = model_memory.measure
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: events.append(sum(one() is not None for one in timed)))
+    gc.disable()  # chance must not collect what give_back() has to
+    try:
+        for _ in range(2):
+            with monkeypatch.context() as patch:
+                patch.setattr(model_memory, "interleave", noted)
+                on_cuda(patch, ask=ask)
+    finally:
+        gc.enable()
+    assert events == [0, *["asked"] * 3, "timed"] * 2
 
 
 def test_a_variant_that_does_not_fit_has_no_row_and_a_reason(monkeypatch):

@@ -20,7 +20,7 @@ from lorasp import console
 from lorasp.bench.account import PARTS, Account, account, as_on
 from lorasp.bench.model_variants import BASE, MODELS, PEFT
 from lorasp.bench.models import Candidate, Workload, peak_resident, verify_operators
-from lorasp.bench.timing import interleave, make_clock, pin_malloc, quartiles
+from lorasp.bench.timing import give_back, interleave, make_clock, pin_malloc, quartiles
 from lorasp.memory import saved_bytes
 
 COMPUTED, MEASURED = "computed", "measured"
@@ -113,6 +113,7 @@ def run(
     if method == MEASURED:
         progress(f"{setting.model}: checking operators")
         verify_operators(setting.workload(torch.device("meta")), device)
+        give_back(device)  # the children need what this, and timing the model before, has taken
     result, found = MemoryResult(), {}
     for variant in variants:
         progress(f"{setting.model}: memory of {variant}")

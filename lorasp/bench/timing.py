@@ -1,6 +1,7 @@
-"""How a benchmark measures: malloc pinned, clocks, interleaved samples, quartiles, peak memory."""
+"""How a benchmark measures: malloc pinned, clocks, interleaved samples, quartiles, memory of the GPU."""
 
 import ctypes
+import gc
 import math
 import os
 import statistics
@@ -124,3 +125,13 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int | No
     function()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def give_back(device: torch.device) -> None:
+    """Give the GPU what torch's allocator keeps of tensors that are gone, which is taken for every other process.
+
+    Reference cycles first: a process's first forward of a model leaves some that hold its weights.
+    """
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
