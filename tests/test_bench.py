@@ -220,7 +220,8 @@ print(min(faults() for _ in range(3)))
 
 def test_bench_writes_a_table_a_csv_and_a_plot(tmp_path, capsys):
     arguments = ["bench", "--mknr", "16,32,48,4", "8,32,32,2", "--providers", "peft-half", "lorasp", "lorasp+fa"]
-    assert cli.main([*arguments, "--rounds", "2", "--dropout", "0.1", "--out", str(tmp_path / "new")]) == 0
+    arguments += ["--rounds", "2", "--dropout", "0.1", "--device", "cpu"]
+    assert cli.main([*arguments, "--out", str(tmp_path / "new")]) == 0
     shown = capsys.readouterr().out
     assert "16×32×48 r4" in shown
     assert "malloc thresholds" in shown
@@ -254,7 +255,7 @@ def test_bench_names_what_it_cannot_do(arguments, message, tmp_path, capsys):
 def test_an_unavailable_provider_asked_for_by_name_is_an_error(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(registry, "_triton_interpreted", False)
     arguments = ["--mknr", "8,16,16,2", "--rounds", "1", "--providers", "lorasp:triton", "--dtype", "fp32"]
-    assert cli.main(["bench", *arguments, "--out", str(tmp_path)]) == 2
+    assert cli.main(["bench", *arguments, "--device", "cpu", "--out", str(tmp_path)]) == 2
     assert "not measured: lorasp:triton: triton takes cpu tensors only" in capsys.readouterr().out
 
 
@@ -281,7 +282,7 @@ def test_a_wrong_provider_stops_the_benchmark(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(lora_linear.backward_ops, "cpp", lambda *a: backward(*a[:-2], "auto", None))
     monkeypatch.setattr(registry, "_cpp_missing", None)
     arguments = ["--mknr", "8,16,16,2", "--rounds", "1", "--providers", "lorasp:cpp", "--dtype", "fp32"]
-    assert cli.main(["bench", *arguments, "--out", str(tmp_path)]) == 1
+    assert cli.main(["bench", *arguments, "--device", "cpu", "--out", str(tmp_path)]) == 1
     assert "wrong result, nothing is timed: lorasp:cpp y0 at 8×16×16 r2: error" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
@@ -325,7 +326,7 @@ def test_the_plot_takes_results_with_missing_providers(tmp_path):
 )
 def test_hiddenkeys_operators_are_checked_and_timed(op, sizes, base, tmp_path, capsys):
     arguments = ["bench", "--op", op, "--sizes", sizes, "--rates", "0", "0.3", "--rounds", "1", "--dtype", "fp32"]
-    assert cli.main([*arguments, "--out", str(tmp_path)]) == 0
+    assert cli.main([*arguments, "--device", "cpu", "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert base in shown
     (table,) = tmp_path.glob("*.csv")
@@ -341,7 +342,7 @@ def test_a_wrong_attention_is_never_timed(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(attention_ops.backward_ops, "cpp", attention_ops.backward_ops["reference"])
     monkeypatch.setattr(registry, "_cpp_missing", None)
     arguments = ["bench", "--op", "dropkey_attention", "--sizes", "1,2,48,16", "--rounds", "1", "--dtype", "fp32"]
-    assert cli.main([*arguments, "--out", str(tmp_path)]) == 1
+    assert cli.main([*arguments, "--device", "cpu", "--out", str(tmp_path)]) == 1
     assert "wrong result, nothing is timed: dropkey_attention o [" in capsys.readouterr().err
 
 

@@ -253,14 +253,28 @@ def test_measured_rows_come_from_a_process_each(tmp_path, capsys, monkeypatch):
     assert int(rows[2]["saved_over_frozen"]) == int(rows[2]["saved_bytes"]) - int(rows[0]["saved_bytes"])
 
 
-def on_cuda(monkeypatch, error=None, ask=model_memory.measure):
-    """run() as on a GPU, with this CPU's tensors and clocks of our own; error: what timing all together raises; ask:
-    what stands in for a process per variant."""
+SECONDS = {"frozen": 1.0, "peft": 4.0, "lorasp+fa": 2.0}
+
+
+def on_cuda(monkeypatch, error=None, ask=model_memory.measure, order=None):
+    """run() as on a GPU, with this CPU's tensors and a clock by which a step takes SECONDS.
+
+    error: what timing all together raises; ask: what stands in for a process per variant; order: takes the variants
+    in the order of their calls.
+    """
+
+    def clock(step, calls):
+        step()
+        variant = step.__self__.name
+        if order is not None:
+            order.append((variant, calls))
+        return SECONDS[variant]
+
     workload = Setting.workload
     monkeypatch.setattr(Setting, "workload", lambda self, device: workload(self, CPU))
     monkeypatch.setattr(model_memory, "_peak_of_a_step", lambda *a: (10 * 2**30, 11 * 2**30))
     monkeypatch.setattr(model_memory, "verify_operators", lambda *a: None)
-    monkeypatch.setattr(model_memory, "make_clock", lambda device: lambda step, calls: step() or 1.0)
+    monkeypatch.setattr(model_memory, "make_clock", lambda device: clock)
     monkeypatch.setattr(model_memory, "ask_child", ask)
     if error:
         monkeypatch.setattr(model_memory, "interleave", lambda *a: (_ for _ in ()).throw(error))
@@ -269,11 +283,19 @@ def on_cuda(monkeypatch, error=None, ask=model_memory.measure):
 
 
 def test_on_a_gpu_steps_are_timed_in_turn(monkeypatch, capsys):
-    result = on_cuda(monkeypatch)
+    order = []
+    result = on_cuda(monkeypatch, order=order)
     model_memory_report.print_result(result)
     assert "steps were timed in turn, interleaved" in capsys.readouterr().out
     assert {row.timing for row in result.rows} == {"interleaved"}
-    assert [row.to_peft for row in result.rows] == [1.0, 1.0, 1.0]
+    times = {row.variant: (row.ms, row.ms_q1, row.ms_q3) for row in result.rows}
+    assert times == {variant: (1e3 * seconds,) * 3 for variant, seconds in SECONDS.items()}
+    ratios = {row.variant: (row.to_peft, row.to_peft_q1, row.to_peft_q3) for row in result.rows}
+    assert ratios == {"frozen": (0.25,) * 3, "peft": (1.0,) * 3, "lorasp+fa": (0.5,) * 3}
+    alone = [variant for variant in SECONDS for _ in range(5)]
+    warm_up = [variant for variant in ("frozen", *SECONDS) for _ in range(2)]
+    rounds = ["frozen", *["frozen", "frozen", "peft", "frozen", "lorasp+fa", "frozen"] * 2]
+    assert order == [(variant, 1) for variant in (*alone, *warm_up, *rounds)]
     assert {row.reserved_bytes for row in result.rows} == {11 * 2**30}
 
 
@@ -282,7 +304,8 @@ def test_where_the_variants_do_not_fit_together_it_says_so(monkeypatch, capsys):
     model_memory_report.print_result(result)
     assert "NOT interleaved" in capsys.readouterr().out
     assert {row.timing for row in result.rows} == {"each in a process of its own"}
-    assert {(row.ms, row.to_peft) for row in result.rows} == {(1000.0, None)}
+    assert {row.variant: row.ms for row in result.rows} == {v: 1e3 * seconds for v, seconds in SECONDS.items()}
+    assert {row.to_peft for row in result.rows} == {None}
 
 
 @pytest.mark.parametrize("fits", [True, False])

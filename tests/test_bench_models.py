@@ -30,7 +30,7 @@ def test_it_writes_a_table_a_csv_and_a_plot(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(models, "peak_of_child", lambda *a: in_a_child(*a) if a[1] == "lorasp+fa" else 2**28)
     held = torch.ones(2**30, dtype=torch.uint8)
     arguments = ["bench", "--model", NAME, "--variants", "lorasp+fa", "lorasp+sp", "--dropout", "0.05"]
-    assert cli.main([*arguments, "--rounds", "2", "--out", str(tmp_path / "new")]) == 0
+    assert cli.main([*arguments, "--device", "cpu", "--rounds", "2", "--out", str(tmp_path / "new")]) == 0
     shown = capsys.readouterr().out
     assert "malloc thresholds" in shown
     assert f"{NAME}, 2×12 tokens, r = 4, bfloat16, lora_dropout 0.05" in shown
@@ -107,7 +107,8 @@ def test_a_wrong_variant_is_never_timed(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setitem(VARIANTS, "wrong", Variant("a scale of its own", other_scale))
     monkeypatch.setattr(models, "interleave", lambda *a: pytest.fail("timed"))
-    assert cli.main(["bench", "--model", NAME, "--variants", "wrong", "--out", str(tmp_path)]) == 1
+    arguments = ["bench", "--model", NAME, "--variants", "wrong", "--device", "cpu"]
+    assert cli.main([*arguments, "--out", str(tmp_path)]) == 1
     assert "wrong result, nothing is timed: wrong logits: error" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
@@ -118,8 +119,8 @@ def test_a_variant_that_cannot_be_built_is_listed_with_the_reason(tmp_path, caps
 
     monkeypatch.setitem(VARIANTS, "refused", Variant("raises", refuse))
     monkeypatch.setattr(models, "peak_of_child", lambda *a: 2**28)
-    arguments = ["bench", "--model", NAME, "--variants", "refused", "--rounds", "1", "--out", str(tmp_path)]
-    assert cli.main(arguments) == 2
+    arguments = ["bench", "--model", NAME, "--variants", "refused", "--rounds", "1", "--device", "cpu"]
+    assert cli.main([*arguments, "--out", str(tmp_path)]) == 2
     assert "not measured: refused: not around this model" in capsys.readouterr().out
 
 
