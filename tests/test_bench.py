@@ -317,15 +317,15 @@ def test_the_plot_takes_results_with_missing_providers(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("op", "sizes", "base"),
+    ("op", "sizes", "more", "base"),
     [
-        ("dropkey_attention", "1,2,48,16", "SDPA, no drop"),
-        ("hidden_cut", "2,8,16", "nn.Dropout + residual"),
-        ("consistency", "6,40", "PyTorch formula"),
+        ("dropkey_attention", "1,2,48,16", ["--rates", "0", "0.3"], "SDPA, no drop"),
+        ("hidden_cut", "2,8,16", [], "nn.Dropout + residual"),
+        ("consistency", "6,40", [], "PyTorch formula"),
     ],
 )
-def test_hiddenkeys_operators_are_checked_and_timed(op, sizes, base, tmp_path, capsys):
-    arguments = ["bench", "--op", op, "--sizes", sizes, "--rates", "0", "0.3", "--rounds", "1", "--dtype", "fp32"]
+def test_hiddenkeys_operators_are_checked_and_timed(op, sizes, more, base, tmp_path, capsys):
+    arguments = ["bench", "--op", op, "--sizes", sizes, *more, "--rounds", "1", "--dtype", "fp32"]
     assert cli.main([*arguments, "--device", "cpu", "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert base in shown

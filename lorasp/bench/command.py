@@ -9,6 +9,14 @@ from lorasp import bench, console, info
 from lorasp.bench import Provider, Shape, report, session, targets, workloads
 from lorasp.console import UsageError
 
+# What `lorasp bench` can be asked for, and the options that not all of it takes.
+OPTIONS = {
+    "--op lora_linear": ("shapes", "mknr", "tokens", "dropout", "providers", "freeze_A", "members", "prepack"),
+    "--op dropkey_attention": ("sizes", "rates", "causal"),
+    "--op hidden_cut": ("sizes",),
+    "--op consistency": ("sizes",),
+    "--model": ("variants", "child", "memory", "checkpointing", "dropout"),
+}
 # M of the models' layers on a CPU, where their GPU micro-batch would take minutes per sample.
 _CPU_TOKENS = 512
 
