@@ -164,13 +164,37 @@ def of_providers(results: Results, kind: str, names: dict[str, str], only: Seque
 
 
 def amd_layers(results: Results) -> str:
+    """How long its frozen layer takes over the Xeon's; then the table."""
     bf16, dropout, fp32 = (results.rows(f"lora_linear-own-{EPYC}-{end}") for end in
                            ("bfloat16", "bfloat16-dropout0.1", "float32"))  # fmt: skip
     short = ("peft", "lorasp", "lorasp+fa")
     columns = [(bf16, name, PROVIDERS[name]) for name in ("peft", "peft-half", "lorasp", "lorasp+fa", "lorasp+sp")]
     for words, rows in (("dropout 0.1: ", dropout), ("fp32: ", fp32)):
         columns += [(rows, name, words * (name == "peft") + PROVIDERS[name]) for name in short]
-    return layer_table(*columns)
+    here, xeon = _frozen_ms(bf16), _frozen_ms(results.rows(f"{_OWN}-bfloat16"))
+    slower = [ms / xeon[size] for size, ms in here.items() if size in xeon]
+    return (
+        f"The same on the AMD EPYC of the first table, whose frozen `nn.Linear` takes {rounded(min(slower), 1)} to "
+        f"{rounded(max(slower), 1)} times as long as the Xeon's, which has AMX; bf16,\nwith dropout 0.1, fp32:\n\n"
+        f"{layer_table(*columns)}"
+    )
+
+
+def _frozen_ms(rows: Rows) -> dict[tuple[str, ...], Decimal]:
+    frozen = [row for row in rows if (row["provider"], row["mode"]) == ("linear", "forward+backward")]
+    return {tuple(row[name] for name in "MKNR"): Decimal(row["ms"]) for row in frozen}
+
+
+def few_rows(results: Results) -> str:
+    """A group on the fewest rows of its csv over the same layers one by one."""
+    rows = [row for row in results.rows(f"lora_linear-own-{EPYC}-bfloat16-members3") if row["mode"] != "forward"]
+    least = min(rows, key=lambda row: int(row["M"]))
+    found = {row["provider"]: Decimal(row["ratio"]) for row in rows if row["M"] == least["M"]}
+    return (
+        f"A group of tiny calls costs more Python than it saves: at {least['M']}×{least['K']}×{least['N']} "
+        f"r{least['R']} on the EPYC it takes {ratio(found['lorasp+shared'] / found['lorasp'])} times as\n"
+        "long as three layers.\n"
+    )
 
 
 def attention_table(*files: Rows) -> str:
@@ -348,6 +372,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
         of_providers, kind=f"{_OWN}-float32", names=PROVIDERS, only=("peft", "lorasp", "lorasp+fa", "lorasp+sp")
     ),
     "group": functools.partial(of_providers, kind=f"{_OWN}-bfloat16-members3", names=GROUPS),
+    "group-few-rows": few_rows,
     "attention": lambda results: attention_table(
         *(results.rows(f"dropkey_attention{end}") for end in (f"-{XEON}-bfloat16", f"-causal-{XEON}-bfloat16",
                                                               f"-{XEON}-float32"))

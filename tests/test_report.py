@@ -114,6 +114,16 @@ def test_the_newest_run_counts(report, results, readme):
     assert f"{kind}-20991231.png" in text
 
 
+def test_sentences_take_their_figures_from_the_csv(report, results):
+    for kind in (f"{report.XEON}-bfloat16", f"{report.EPYC}-bfloat16"):
+        path, slow = only(results, f"lora_linear-own-{kind}"), report.EPYC in kind
+        rewritten(path, path, lambda row, slow=slow: row.update(ms=str(int(row["M"]) * (2.5 if slow else 1))))
+    assert "takes 2.5 to 2.5 times as long as the Xeon's" in report.amd_layers(report.Results(results))
+    path = only(results, f"lora_linear-own-{report.EPYC}-bfloat16-members3")
+    rewritten(path, path, lambda row: row.update(ratio="1.5" if row["provider"] == "lorasp" else "1.8"))
+    assert "at 8×1024×1024 r8 on the EPYC it takes 1.20 times as" in report.few_rows(report.Results(results))
+
+
 def test_halves_go_away_from_zero(report):
     assert [report.rounded(text, 2) for text in ("1.045", "-2.125", "0.004")] == ["1.05", "−2.13", "0.00"]
     assert (report.mib("0"), report.mib(str(-(2**19)))) == ("0", "−0.5")
