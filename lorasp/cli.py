@@ -126,7 +126,10 @@ def parser() -> argparse.ArgumentParser:
         "--tokens", nargs="+", type=_at_least(1), metavar="M",
         help="rows of x, in the order they are measured (default: from 1 to 32768, 8192 first)",
     )  # fmt: skip
-    tune.add_argument("--dtypes", nargs="+", type=dtype_of, metavar="DTYPE", help="bf16 (default), fp16, fp32")
+    tune.add_argument(
+        "--dtypes", nargs="+", type=dtype_of, default=[torch.bfloat16], metavar="DTYPE",
+        help="bf16 (default), fp16, fp32",
+    )  # fmt: skip
     tune.add_argument("--dropout", choices=("off", "on", "both"), default="both", help="default: both")
     tune.add_argument("--plans", nargs="+", choices=("fused", "onepass"), help="tried against addmm (default: both)")
     tune.add_argument("--budget", type=_seconds, default=3600.0, help="seconds for everything (default 3600)")
@@ -266,10 +269,6 @@ def _models() -> str:
     return models_report.choices()
 
 
-def _default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def _info(options: argparse.Namespace) -> int:
     from lorasp import info
 
@@ -281,9 +280,10 @@ def _demo(options: argparse.Namespace) -> int:
     console.make_folder(options.out)
     require("rich", "matplotlib", "transformers", "peft", "safetensors", extra="demo")
     from lorasp import demo
+    from lorasp.bench import session
 
     demo.run(
-        device=options.device or _default_device(), size=options.size, steps=options.steps, seed=options.seed,
+        device=options.device or session.default_device(), size=options.size, steps=options.steps, seed=options.seed,
         out=options.out,
     )  # fmt: skip
     return 0
@@ -314,9 +314,10 @@ def _tune(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> int:
     from lorasp import testing
+    from lorasp.bench import session
     from lorasp.ops import registry
 
-    device = options.device or _default_device()
+    device = options.device or session.default_device()
     backends = options.backend
     for name in backends or ():
         if name not in ("auto", *registry.BACKENDS):

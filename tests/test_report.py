@@ -25,6 +25,11 @@ def report():
         sys.path.remove(str(BENCHMARKS))
 
 
+@pytest.fixture(scope="module")
+def tables(report):
+    return sys.modules["report_tables"]
+
+
 @pytest.fixture
 def results(report, tmp_path):
     """A folder that a test may change: of benchmarks/results the newest csv of every kind that no GPU was measured for,
@@ -124,9 +129,9 @@ def test_sentences_take_their_figures_from_the_csv(report, results):
     assert "at 8×1024×1024 r8 on the EPYC it takes 1.20 times as" in report.few_rows(report.Results(results))
 
 
-def test_halves_go_away_from_zero(report):
-    assert [report.rounded(text, 2) for text in ("1.045", "-2.125", "0.004")] == ["1.05", "−2.13", "0.00"]
-    assert (report.mib("0"), report.mib(str(-(2**19)))) == ("0", "−0.5")
+def test_halves_go_away_from_zero(tables):
+    assert [tables.rounded(text, 2) for text in ("1.045", "-2.125", "0.004")] == ["1.05", "−2.13", "0.00"]
+    assert (tables.mib("0"), tables.mib(str(-(2**19)))) == ("0", "−0.5")
 
 
 def test_without_its_csv_a_block_keeps_its_text_and_that_is_said(report, results, readme):
@@ -192,8 +197,8 @@ def attention_on_gpu() -> list[dict[str, str]]:
     ]  # fmt: skip
 
 
-def test_attention_shows_causal_calls_apart_and_what_the_targets_compare_with(report):
-    assert report.attention_table(attention_on_gpu()).splitlines() == [
+def test_attention_shows_causal_calls_apart_and_what_the_targets_compare_with(tables):
+    assert tables.attention_table(attention_on_gpu()).splitlines() == [
         "| dtype, B×H×S×D | keys dropped, p = 0.1 | flash, dropout 0.1 | cuDNN, no drop |",
         "|---|---|---|---|",
         "| bf16, 8×32×2048×64 | 0.50 | 1.25 | 0.75 |",
@@ -216,11 +221,11 @@ def test_attentions_plot_shows_causal_calls_apart(report, tmp_path, monkeypatch)
     assert all(row.causal == one.causal for one in drawn for row in one.rows)
 
 
-def test_layers_of_one_size_are_told_apart_by_name_and_bias(report, results):
+def test_layers_of_one_size_are_told_apart_by_name_and_bias(tables, results):
     (row, *_) = rows_of(only(results, "lora_linear-own-amd-epyc-2-threads-float32"))
     sizes = f"{row['M']}×{row['K']}×{row['N']} r{row['R']}"
     rows = [row | {"layer": layer, "bias": bias} for layer in ("", "up") for bias in ("False", "True")]
-    found = report.layers(rows)
+    found = tables.layers(rows)
     assert list(found) == [sizes, f"{sizes}, bias", f"up {sizes}", f"up {sizes}, bias"]
 
 
@@ -233,6 +238,19 @@ def test_computed_rows_are_no_gpu_figures(report, results):
     assert any("computed-for-cuda" in kind for kind in kinds)
     assert any("idle-gpu-computes-nothing" in kind for kind in kinds)
     assert report.Results(results).on_cuda() == []
+
+
+@pytest.mark.parametrize(
+    ("device", "gpu"),
+    [
+        (GPU, True), ("Intel(R) Xeon(R) @ 2.30GHz (2 threads)", False), ("AMD EPYC (1 threads)", False),
+        ("computed for cuda", False), ("computed for cpu", False),
+    ],
+)  # fmt: skip
+def test_a_gpu_is_what_is_neither_a_cpu_nor_computed(tables, device, gpu):
+    assert tables.session.names_gpu(device) == gpu
+    row = {"device": device, "variant": "peft", "saved_bytes": "0", "saved_over_frozen": "0", "peak_bytes": "0"}
+    assert ("most allocated, MiB" in tables.model_table([row])) == gpu
 
 
 def test_plots_are_drawn_where_they_are_missing(report, results, readme, capsys):

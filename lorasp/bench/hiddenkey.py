@@ -20,6 +20,7 @@ from lorasp.bench.attention import SEED
 from lorasp.bench.entries import Entry, normal
 from lorasp.bench.entries import entry as make_entry
 from lorasp.bench.timing import interleave, make_clock, quartiles
+from lorasp.bench.verify import verify_case
 from lorasp.functional import consistency_loss, hidden_cut
 from lorasp.memory import saved_bytes
 
@@ -124,11 +125,7 @@ def verify(op: str, sizes: tuple[int, ...], dtype: torch.dtype, device: torch.de
     else:
         shape = (*(min(size, 64) for size in sizes[:-1]), sizes[-1])
     for case in operator.cases([shape], [dtype]):
-        for result in operator.check_case(case, "auto", "auto", device):
-            if not result.ok:
-                raise AssertionError(
-                    f"{op} {result.tensor} [{result.case}]: error {result.error:.3e} exceeds {result.bound:.3e}"
-                )
+        verify_case(operator, case, device)
 
 
 def _hidden_cut(sizes, dtype, device) -> list[Entry]:

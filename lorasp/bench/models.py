@@ -35,6 +35,7 @@ from lorasp.bench.model_variants import (
     trained,
 )
 from lorasp.bench.timing import interleave, make_clock, pin_malloc, quartiles
+from lorasp.bench.verify import verify_case
 from lorasp.memory import saved_bytes
 
 _LR = 1e-4
@@ -188,12 +189,7 @@ def verify_operators(workload: Workload, device: torch.device) -> None:
             (testing.lora_linear_group, {"members": 2, "granularity": "feature"}),
         ):
             case = operator.Case(64, k, n, rank, dtype, dropout_p=workload.dropout_p, **switches)
-            for result in operator.check_case(case, "auto", "auto", device):
-                if not result.ok:
-                    raise AssertionError(
-                        f"{result.op} {result.tensor} [{result.case}]: error {result.error:.3e} exceeds "
-                        f"{result.bound:.3e}"
-                    )
+            verify_case(operator, case, device)
 
 
 @dataclass(frozen=True)

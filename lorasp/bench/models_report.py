@@ -129,7 +129,7 @@ def plot(path: Path, rows: Sequence[Row], machine: str, versions: dict[str, str]
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    what = "resident" if machine.endswith(" threads)") else "allocated"
+    what = "allocated" if session.names_gpu(machine) else "resident"
     names = list(dict.fromkeys(row.model for row in rows))
     most = max(sum(row.model == name for row in rows) for name in names)
     figure, axes = pyplot.subplots(

@@ -127,7 +127,7 @@ def _device_bench(options: argparse.Namespace) -> tuple[Bench, dict[str, str]]:
     device = options.device or torch.device("cpu" if INTERPRETED else "cuda")
     if INTERPRETED and device.type != "cpu":
         raise UsageError(f"--device must be cpu under TRITON_INTERPRET=1, got {device}")
-    for dtype in options.dtypes or (torch.bfloat16,):
+    for dtype in options.dtypes:
         if reason := registry.unsupported("triton", device.type, dtype):
             raise UsageError(reason)
     if device.type == "cpu" and options.out is None:
