@@ -71,7 +71,7 @@ def rounded(value: str | Decimal, digits: int) -> str:
 
 
 def mib(count: str, digits: int = 1) -> str:
-    return "0" if int(count) == 0 else rounded(Decimal(count) / _MIB, digits)
+    return count if count in ("", "0") else rounded(Decimal(count) / _MIB, digits)
 
 
 ratio = functools.partial(rounded, digits=2)

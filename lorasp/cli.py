@@ -76,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--causal", action="store_true", help="attention: causal to causal")
     bench.add_argument("--variants", nargs="+", metavar="NAME", help="with --model: see below (default: all)")
     bench.add_argument(
-        "--child", metavar="VARIANT", help="with --model: only train it for a few steps and print its peak memory"
+        "--child", metavar="VARIANT", help="with --model: only train it for a few steps and print its memory as JSON"
     )
     bench.add_argument(
         "--memory", nargs="?", const="auto", choices=("auto", "measured", "computed"),

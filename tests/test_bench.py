@@ -154,6 +154,13 @@ def test_quartiles():
     assert timing.quartiles([7.0]) == (7.0, 7.0, 7.0)
 
 
+def test_a_ratio_to_peft_is_one_within_a_round():
+    sample, peft = [(1e-3, 1.0), (2e-3, 2.0), (6e-3, 3.0)], [(9.0, 4.0), (9.0, 1.0), (9.0, 2.0)]
+    found = {"ms_q1": 1.5, "ms": 2.0, "ms_q3": 4.0, "ratio_q1": 1.5, "ratio": 2.0, "ratio_q3": 2.5}
+    assert timing.spread(sample) == found
+    assert timing.spread(sample, peft) == found | {"to_peft_q1": 0.875, "to_peft": 1.5, "to_peft_q3": 1.75}
+
+
 @pytest.mark.parametrize(
     ("dtype", "dropout_p", "members"),
     [(torch.float32, 0.0, 1), (torch.bfloat16, 0.25, 1), (torch.bfloat16, 0.0, 3), (torch.float32, 0.25, 2)],

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lorasp import cli
-from lorasp.bench import model_memory, model_memory_report, models
+from lorasp.bench import child, model_memory, model_memory_report, models
 from lorasp.bench.account import PARTS, Account, account, as_on
 from lorasp.bench.model_memory import Setting, compute
 from lorasp.bench.model_variants import MODELS, VARIANTS, Variant
@@ -236,14 +236,14 @@ def test_measured_rows_come_from_a_process_each(tmp_path, capsys, monkeypatch):
 
     def process(command, **how):
         """The child's command line, in this process."""
-        python, *module, child = command[0], *command[1:3], command[3:]
+        python, *module, arguments = command[0], *command[1:3], command[3:]
         assert (python, module, how) == (sys.executable, ["-m", "lorasp"], {"capture_output": True, "text": True})
-        asked.append(child[child.index("--child") + 1])
+        asked.append(arguments[arguments.index("--child") + 1])
         with contextlib.redirect_stdout(io.StringIO()) as out:
-            assert cli.main(child) == 0
+            assert cli.main(arguments) == 0
         return SimpleNamespace(returncode=0, stdout=out.getvalue())
 
-    monkeypatch.setattr(model_memory, "subprocess", SimpleNamespace(run=process))
+    monkeypatch.setattr(child, "subprocess", SimpleNamespace(run=process))
     rows = run(tmp_path, "--memory", "measured", "--device", "cpu", "--variants", "lorasp")
     assert "measured; peak: the most the process had resident" in capsys.readouterr().out
     assert asked == [row["variant"] for row in rows] == ["frozen", "peft", "lorasp"]
@@ -275,7 +275,7 @@ def on_cuda(monkeypatch, error=None, ask=model_memory.measure, order=None):
     monkeypatch.setattr(model_memory, "_peak_of_a_step", lambda *a: (10 * 2**30, 11 * 2**30))
     monkeypatch.setattr(model_memory, "verify_operators", lambda *a: None)
     monkeypatch.setattr(model_memory, "make_clock", lambda device: clock)
-    monkeypatch.setattr(model_memory, "ask_child", ask)
+    monkeypatch.setattr(Setting, "ask", ask)
     if error:
         monkeypatch.setattr(model_memory, "interleave", lambda *a: (_ for _ in ()).throw(error))
     setting = Setting(NAME, torch.bfloat16, 0.0)
@@ -345,16 +345,24 @@ def test_a_variant_that_does_not_fit_has_no_row_and_a_reason(monkeypatch):
         facts = {"unavailable": "CUDA out of memory"}
         return facts if variant == "peft" else model_memory.measure(setting, variant, CPU)
 
-    monkeypatch.setattr(model_memory, "ask_child", ask)
+    monkeypatch.setattr(Setting, "ask", ask)
     monkeypatch.setattr(model_memory, "verify_operators", lambda *a: None)
     result = model_memory.run(Setting(NAME, torch.bfloat16, 0.0), [], "measured", device=CPU)
     assert [row.variant for row in result.rows] == ["frozen"]
     assert result.unavailable == {"peft": "CUDA out of memory"}
 
 
-def test_a_child_prints_one_line_of_json(capsys):
-    arguments = ["bench", "--model", NAME, "--memory", "measured", "--device", "cpu", "--child", "lorasp+fa"]
-    assert cli.main(arguments) == 0
+def test_a_process_that_fails_is_an_error_with_what_it_wrote(monkeypatch):
+    done = SimpleNamespace(returncode=1, stdout="", stderr="no such thing\n")
+    monkeypatch.setattr(child, "subprocess", SimpleNamespace(run=lambda *a, **how: done))
+    with pytest.raises(RuntimeError, match=r"--model tiny-llama --child peft .*-checkpointing failed: no such thing$"):
+        Setting(NAME, torch.bfloat16, 0.0, checkpointing=True).ask("peft", CPU)
+
+
+@pytest.mark.parametrize("more", [[], ["--memory", "measured"], ["--memory", "computed"]])
+def test_a_child_prints_one_line_of_json(more, capsys):
+    """Measured, whatever else is asked for."""
+    assert cli.main(["bench", "--model", NAME, *more, "--device", "cpu", "--child", "lorasp+fa"]) == 0
     facts = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert facts["peak_bytes"] > facts["accounted_bytes"] == sum(facts[part] for part in PARTS)
 

@@ -131,7 +131,7 @@ def test_sentences_take_their_figures_from_the_csv(report, results):
 
 def test_halves_go_away_from_zero(tables):
     assert [tables.rounded(text, 2) for text in ("1.045", "-2.125", "0.004")] == ["1.05", "−2.13", "0.00"]
-    assert (tables.mib("0"), tables.mib(str(-(2**19)))) == ("0", "−0.5")
+    assert (tables.mib("0"), tables.mib(str(-(2**19))), tables.mib("")) == ("0", "−0.5", "")
 
 
 def test_without_its_csv_a_block_keeps_its_text_and_that_is_said(report, results, readme):
