@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lorasp import bench, cli, info
-from lorasp.bench import workloads
+from lorasp.bench import session, workloads
 
 
 def pytest_addoption(parser):
@@ -18,13 +18,12 @@ def pytest_addoption(parser):
 
 
 def _device(config) -> torch.device:
-    return config.getoption("device") or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return config.getoption("device") or session.default_device()
 
 
 def pytest_report_header(config):
     device = _device(config)
-    rules = bench.pin_malloc() if device.type == "cpu" else "L2 overwritten before every interleaved sample"
-    return f"lorasp benchmarks: {info.device_name(device)}; {rules}"
+    return f"lorasp benchmarks: {info.device_name(device)}; {session.timing_rules(device)}"
 
 
 def pytest_generate_tests(metafunc):
@@ -35,7 +34,7 @@ def pytest_generate_tests(metafunc):
     names = config.getoption("shapes") or ["llama3-8b" if device.type == "cuda" else "square"]
     tokens = config.getoption("tokens")
     shapes = [shape for name in names for shape in bench.SHAPES[name]]
-    shapes = list(dict.fromkeys(shapes if tokens is None else bench.with_tokens(shapes, tokens)))
+    shapes = bench.distinct(shapes if tokens is None else bench.with_tokens(shapes, tokens))
     chosen = config.getoption("providers")
     providers = (
         workloads.default_providers(device, prepack=device.type == "cpu")

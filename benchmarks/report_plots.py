@@ -48,7 +48,7 @@ def _draw_attention(path: Path) -> None:
     contests = {}
     for row in rows:
         made = hiddenkey.Contest(row.op, row.sizes, getattr(torch, row.dtype), row.causal)
-        contests.setdefault(row.sizes, made).rows.append(row)
+        contests.setdefault((row.sizes, row.causal), made).rows.append(row)
     hiddenkey_report.plot(path.with_suffix(".png"), list(contests.values()), one["device"], one)
 
 

@@ -63,19 +63,20 @@ def parser() -> argparse.ArgumentParser:
         "bench", help="time one adapted layer against the frozen nn.Linear, or a whole model against PEFT",
         description=_BENCH, epilog=_models(), formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    bench.add_argument(
-        "--op", choices=("lora_linear", "dropkey_attention", "hidden_cut", "consistency"), default="lora_linear"
+    what = bench.add_mutually_exclusive_group()
+    what.add_argument(
+        "--op", choices=("lora_linear", "dropkey_attention", "hidden_cut", "consistency"), help="default: lora_linear"
     )
+    what.add_argument("--model", nargs="+", metavar="NAME", help="training steps of whole models: see below")
     bench.add_argument(
         "--sizes", nargs="+", type=_sizes, metavar="N,N,...",
         help="of the other operators: attention B,H,S,D; hidden_cut B,S,F; consistency M,V",
     )  # fmt: skip
     bench.add_argument("--rates", nargs="+", type=float, metavar="P", help="drop rates of attention")
     bench.add_argument("--causal", action="store_true", help="attention: causal to causal")
-    bench.add_argument("--model", nargs="+", metavar="NAME", help="training steps of whole models: see below")
     bench.add_argument("--variants", nargs="+", metavar="NAME", help="with --model: see below (default: all)")
     bench.add_argument(
-        "--child", metavar="VARIANT", help="with --model: only train it for a few steps and print its peak memory"
+        "--child", metavar="VARIANT", help="with --model: only train it for a few steps and print its memory as JSON"
     )
     bench.add_argument(
         "--memory", nargs="?", const="auto", choices=("auto", "measured", "computed"),
@@ -103,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--seconds", type=float, default=20.0, help="time budget per shape and mode (default 20)")
     bench.add_argument("--threads", type=_at_least(1), help="CPU threads (default: torch's)")
     bench.add_argument("--out", type=Path, default=Path("."), help="folder for the csv and the plot (default: here)")
-    bench.set_defaults(command=_bench)
+    bench.set_defaults(command=_bench, default_of=bench.get_default)
 
     tune = commands.add_parser(
         "tune", help="measure plans and tiles on this GPU and write its plan table", description=_TUNE,
@@ -125,7 +126,10 @@ def parser() -> argparse.ArgumentParser:
         "--tokens", nargs="+", type=_at_least(1), metavar="M",
         help="rows of x, in the order they are measured (default: from 1 to 32768, 8192 first)",
     )  # fmt: skip
-    tune.add_argument("--dtypes", nargs="+", type=dtype_of, metavar="DTYPE", help="bf16 (default), fp16, fp32")
+    tune.add_argument(
+        "--dtypes", nargs="+", type=dtype_of, default=[torch.bfloat16], metavar="DTYPE",
+        help="bf16 (default), fp16, fp32",
+    )  # fmt: skip
     tune.add_argument("--dropout", choices=("off", "on", "both"), default="both", help="default: both")
     tune.add_argument("--plans", nargs="+", choices=("fused", "onepass"), help="tried against addmm (default: both)")
     tune.add_argument("--budget", type=_seconds, default=3600.0, help="seconds for everything (default 3600)")
@@ -137,7 +141,7 @@ def parser() -> argparse.ArgumentParser:
     tune.add_argument(
         "--target", type=_arch, metavar="sm_90", help="with --dry-run: an architecture instead of the GPU"
     )
-    tune.set_defaults(command=_tune)
+    tune.set_defaults(command=_tune, default_of=tune.get_default)
 
     check = commands.add_parser(
         "check", help="compare the backends with the fp64 reference on this machine; exit code 1 if one disagrees"
@@ -265,10 +269,6 @@ def _models() -> str:
     return models_report.choices()
 
 
-def _default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def _info(options: argparse.Namespace) -> int:
     from lorasp import info
 
@@ -280,30 +280,30 @@ def _demo(options: argparse.Namespace) -> int:
     console.make_folder(options.out)
     require("rich", "matplotlib", "transformers", "peft", "safetensors", extra="demo")
     from lorasp import demo
+    from lorasp.bench import session
 
     demo.run(
-        device=options.device or _default_device(), size=options.size, steps=options.steps, seed=options.seed,
+        device=options.device or session.default_device(), size=options.size, steps=options.steps, seed=options.seed,
         out=options.out,
     )  # fmt: skip
     return 0
 
 
 def _bench(options: argparse.Namespace) -> int:
-    if options.model:
-        require("peft", "transformers", extra="bench")
-        from lorasp.bench import model_memory_report, models_report
-
-        if model_memory_report.wanted(options):
-            return model_memory_report.run(options)
-        if options.checkpointing:
-            raise UsageError("--checkpointing needs --memory or a model of a published size")
-        return models_report.run(options)
-    for name in ("variants", "child", "memory", "checkpointing"):
-        if getattr(options, name) not in (None, False):
-            raise UsageError(f"--{name} needs --model")
     from lorasp.bench import command, hiddenkey_report
 
-    return (command if options.op == "lora_linear" else hiddenkey_report).run(options)
+    options.op = options.op or "lora_linear"
+    console.refuse_foreign(options, "--model" if options.model else f"--op {options.op}", command.OPTIONS)
+    if not options.model:
+        return (command if options.op == "lora_linear" else hiddenkey_report).run(options)
+    require("peft", "transformers", extra="bench")
+    from lorasp.bench import model_memory_report, models_report
+
+    if model_memory_report.wanted(options):
+        return model_memory_report.run(options)
+    if options.checkpointing:
+        raise UsageError("--checkpointing needs --memory or a model of a published size")
+    return models_report.run(options)
 
 
 def _tune(options: argparse.Namespace) -> int:
@@ -314,9 +314,10 @@ def _tune(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> int:
     from lorasp import testing
+    from lorasp.bench import session
     from lorasp.ops import registry
 
-    device = options.device or _default_device()
+    device = options.device or session.default_device()
     backends = options.backend
     for name in backends or ():
         if name not in ("auto", *registry.BACKENDS):

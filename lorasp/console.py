@@ -1,11 +1,12 @@
-"""Tables on the terminal: rich where it is installed, aligned text elsewhere."""
+"""The terminal: tables, by rich where it is installed, aligned text elsewhere; and what a command refuses."""
 
+import argparse
 import contextlib
 import logging
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 WIDTH = 100
@@ -21,6 +22,18 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--out {path}: {error}") from error
+
+
+def refuse_foreign(options: argparse.Namespace, mode: str, modes: Mapping[str, Collection[str]]) -> None:
+    """Raise UsageError for an option, not at its default, that only other modes of the command have.
+
+    modes: mode -> its options beside those that all have; options.default_of: a parser's get_default.
+    """
+    for name in dict.fromkeys(name for names in modes.values() for name in names):
+        if name not in modes[mode] and getattr(options, name) != options.default_of(name):
+            flag = f"--{name.replace('_', '-')}"
+            takers = " or ".join(other for other, names in modes.items() if name in names)
+            raise UsageError(f"{flag} is no option of {mode}: {flag} needs {takers}")
 
 
 @contextlib.contextmanager

@@ -24,6 +24,10 @@ def providers(*names):
     return [Provider.parse(name) for name in names]
 
 
+def options_of(*arguments):
+    return cli.parser().parse_args(["bench", *arguments])
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -150,6 +154,13 @@ def test_quartiles():
     assert timing.quartiles([7.0]) == (7.0, 7.0, 7.0)
 
 
+def test_a_ratio_to_peft_is_one_within_a_round():
+    sample, peft = [(1e-3, 1.0), (2e-3, 2.0), (6e-3, 3.0)], [(9.0, 4.0), (9.0, 1.0), (9.0, 2.0)]
+    found = {"ms_q1": 1.5, "ms": 2.0, "ms_q3": 4.0, "ratio_q1": 1.5, "ratio": 2.0, "ratio_q3": 2.5}
+    assert timing.spread(sample) == found
+    assert timing.spread(sample, peft) == found | {"to_peft_q1": 0.875, "to_peft": 1.5, "to_peft_q3": 1.75}
+
+
 @pytest.mark.parametrize(
     ("dtype", "dropout_p", "members"),
     [(torch.float32, 0.0, 1), (torch.bfloat16, 0.25, 1), (torch.bfloat16, 0.0, 3), (torch.float32, 0.25, 2)],
@@ -216,7 +227,8 @@ print(min(faults() for _ in range(3)))
 
 def test_bench_writes_a_table_a_csv_and_a_plot(tmp_path, capsys):
     arguments = ["bench", "--mknr", "16,32,48,4", "8,32,32,2", "--providers", "peft-half", "lorasp", "lorasp+fa"]
-    assert cli.main([*arguments, "--rounds", "2", "--dropout", "0.1", "--out", str(tmp_path / "new")]) == 0
+    arguments += ["--rounds", "2", "--dropout", "0.1", "--device", "cpu"]
+    assert cli.main([*arguments, "--out", str(tmp_path / "new")]) == 0
     shown = capsys.readouterr().out
     assert "16×32×48 r4" in shown
     assert "malloc thresholds" in shown
@@ -250,7 +262,7 @@ def test_bench_names_what_it_cannot_do(arguments, message, tmp_path, capsys):
 def test_an_unavailable_provider_asked_for_by_name_is_an_error(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(registry, "_triton_interpreted", False)
     arguments = ["--mknr", "8,16,16,2", "--rounds", "1", "--providers", "lorasp:triton", "--dtype", "fp32"]
-    assert cli.main(["bench", *arguments, "--out", str(tmp_path)]) == 2
+    assert cli.main(["bench", *arguments, "--device", "cpu", "--out", str(tmp_path)]) == 2
     assert "not measured: lorasp:triton: triton takes cpu tensors only" in capsys.readouterr().out
 
 
@@ -268,8 +280,7 @@ def test_an_unavailable_provider_asked_for_by_name_is_an_error(tmp_path, capsys,
     ],
 )  # fmt: skip
 def test_freeze_A_and_prepack_apply_to_every_adapter(arguments, expected):
-    options = cli.parser().parse_args(["bench", *arguments])
-    assert [provider.name for provider in command.choose_providers(options, CPU)] == expected
+    assert [provider.name for provider in command.choose_providers(options_of(*arguments), CPU)] == expected
 
 
 def test_a_wrong_provider_stops_the_benchmark(tmp_path, capsys, monkeypatch):
@@ -278,7 +289,7 @@ def test_a_wrong_provider_stops_the_benchmark(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(lora_linear.backward_ops, "cpp", lambda *a: backward(*a[:-2], "auto", None))
     monkeypatch.setattr(registry, "_cpp_missing", None)
     arguments = ["--mknr", "8,16,16,2", "--rounds", "1", "--providers", "lorasp:cpp", "--dtype", "fp32"]
-    assert cli.main(["bench", *arguments, "--out", str(tmp_path)]) == 1
+    assert cli.main(["bench", *arguments, "--device", "cpu", "--out", str(tmp_path)]) == 1
     assert "wrong result, nothing is timed: lorasp:cpp y0 at 8×16×16 r2: error" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
@@ -287,6 +298,16 @@ def test_named_sets_take_the_models_sizes():
     sizes = {shape.name: (shape.K, shape.N) for shape in bench.SHAPES["llama3-8b"]}
     assert sizes == {"q_o": (4096, 4096), "k_v": (4096, 1024), "gate_up": (4096, 14336), "down": (14336, 4096)}
     assert {shape.M for shape in bench.with_tokens(bench.SHAPES["llama3-8b"], 7)} == {7}
+
+
+def test_a_layer_that_two_sets_name_is_measured_once():
+    shapes = command.choose_shapes(options_of("--shapes", "llama3-8b", "square-large"), torch.device("cuda"))
+    assert [(shape.name, shape.K, shape.N, shape.R) for shape in shapes] == [
+        ("q_o", 4096, 4096, 16), ("k_v", 4096, 1024, 16), ("gate_up", 4096, 14336, 16), ("down", 14336, 4096, 16),
+        ("", 4096, 4096, 64), ("", 8192, 8192, 16),
+    ]  # fmt: skip
+    biased = dataclasses.replace(SHAPE, bias=True)
+    assert bench.distinct([SHAPE, biased, dataclasses.replace(SHAPE, name="again")]) == [SHAPE, biased]
 
 
 def test_a_file_name_says_sets_device_dtype_and_dropout():
@@ -303,16 +324,16 @@ def test_the_plot_takes_results_with_missing_providers(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("op", "sizes", "base"),
+    ("op", "sizes", "more", "base"),
     [
-        ("dropkey_attention", "1,2,48,16", "SDPA, no drop"),
-        ("hidden_cut", "2,8,16", "nn.Dropout + residual"),
-        ("consistency", "6,40", "PyTorch formula"),
+        ("dropkey_attention", "1,2,48,16", ["--rates", "0", "0.3"], "SDPA, no drop"),
+        ("hidden_cut", "2,8,16", [], "nn.Dropout + residual"),
+        ("consistency", "6,40", [], "PyTorch formula"),
     ],
 )
-def test_hiddenkeys_operators_are_checked_and_timed(op, sizes, base, tmp_path, capsys):
-    arguments = ["bench", "--op", op, "--sizes", sizes, "--rates", "0", "0.3", "--rounds", "1", "--dtype", "fp32"]
-    assert cli.main([*arguments, "--out", str(tmp_path)]) == 0
+def test_hiddenkeys_operators_are_checked_and_timed(op, sizes, more, base, tmp_path, capsys):
+    arguments = ["bench", "--op", op, "--sizes", sizes, *more, "--rounds", "1", "--dtype", "fp32"]
+    assert cli.main([*arguments, "--device", "cpu", "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert base in shown
     (table,) = tmp_path.glob("*.csv")
@@ -328,7 +349,7 @@ def test_a_wrong_attention_is_never_timed(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(attention_ops.backward_ops, "cpp", attention_ops.backward_ops["reference"])
     monkeypatch.setattr(registry, "_cpp_missing", None)
     arguments = ["bench", "--op", "dropkey_attention", "--sizes", "1,2,48,16", "--rounds", "1", "--dtype", "fp32"]
-    assert cli.main([*arguments, "--out", str(tmp_path)]) == 1
+    assert cli.main([*arguments, "--device", "cpu", "--out", str(tmp_path)]) == 1
     assert "wrong result, nothing is timed: dropkey_attention o [" in capsys.readouterr().err
 
 

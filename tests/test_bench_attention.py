@@ -73,6 +73,15 @@ def test_what_does_not_fit_is_left_out(bytes_per_logit, left_out, monkeypatch):
     assert all(unavailable[name].startswith("tensors of 1×2×48×48 logits take 0 GiB") for name in missing)
 
 
+def test_memory_that_torchs_allocator_keeps_free_counts_as_free(monkeypatch):
+    kept = [3]
+    monkeypatch.setattr(torch.cuda, "empty_cache", kept.clear)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 - sum(kept), 10))
+    assert attention.free_bytes(CPU) is None
+    assert kept == [3]
+    assert attention.free_bytes(torch.device("cuda")) == 10
+
+
 def test_what_the_device_has_no_memory_for_after_all_is_left_out(monkeypatch):
     def refusal(entry):
         return "CUDA out of memory." if entry.name == attention.EAGER else None
@@ -116,7 +125,7 @@ def test_targets_stand_beside_what_they_are_for(capsys):
 
 def test_a_run_on_a_cpu_is_what_it_was(tmp_path, capsys):
     arguments = ["bench", "--op", "dropkey_attention", "--sizes", "1,2,48,16", "--rates", "0.1", "--rounds", "1"]
-    assert cli.main([*arguments, "--dtype", "fp32", "--out", str(tmp_path)]) == 0
+    assert cli.main([*arguments, "--dtype", "fp32", "--device", "cpu", "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "SDPA, no drop" in shown
     assert not any(word in shown for word in ("flash", "cuDNN", "target", "not measured"))

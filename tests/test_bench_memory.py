@@ -3,10 +3,12 @@
 import contextlib
 import csv
 import dataclasses
+import gc
 import io
 import itertools
 import json
 import sys
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +16,7 @@ import torch
 from torch import nn
 
 from lorasp import cli
-from lorasp.bench import model_memory, model_memory_report, models
+from lorasp.bench import child, model_memory, model_memory_report, models
 from lorasp.bench.account import PARTS, Account, account, as_on
 from lorasp.bench.model_memory import Setting, compute
 from lorasp.bench.model_variants import MODELS, VARIANTS, Variant
@@ -234,14 +236,14 @@ def test_measured_rows_come_from_a_process_each(tmp_path, capsys, monkeypatch):
 
     def process(command, **how):
         """The child's command line, in this process."""
-        python, *module, child = command[0], *command[1:3], command[3:]
+        python, *module, arguments = command[0], *command[1:3], command[3:]
         assert (python, module, how) == (sys.executable, ["-m", "lorasp"], {"capture_output": True, "text": True})
-        asked.append(child[child.index("--child") + 1])
+        asked.append(arguments[arguments.index("--child") + 1])
         with contextlib.redirect_stdout(io.StringIO()) as out:
-            assert cli.main(child) == 0
+            assert cli.main(arguments) == 0
         return SimpleNamespace(returncode=0, stdout=out.getvalue())
 
-    monkeypatch.setattr(model_memory, "subprocess", SimpleNamespace(run=process))
+    monkeypatch.setattr(child, "subprocess", SimpleNamespace(run=process))
     rows = run(tmp_path, "--memory", "measured", "--device", "cpu", "--variants", "lorasp")
     assert "measured; peak: the most the process had resident" in capsys.readouterr().out
     assert asked == [row["variant"] for row in rows] == ["frozen", "peft", "lorasp"]
@@ -251,14 +253,29 @@ def test_measured_rows_come_from_a_process_each(tmp_path, capsys, monkeypatch):
     assert int(rows[2]["saved_over_frozen"]) == int(rows[2]["saved_bytes"]) - int(rows[0]["saved_bytes"])
 
 
-def on_cuda(monkeypatch, error=None):
-    """run() as on a GPU, with this CPU's tensors and clocks of our own; error: what timing all together raises."""
-    measure, workload = model_memory.measure, Setting.workload
+SECONDS = {"frozen": 1.0, "peft": 4.0, "lorasp+fa": 2.0}
+
+
+def on_cuda(monkeypatch, error=None, ask=model_memory.measure, order=None):
+    """run() as on a GPU, with this CPU's tensors and a clock by which a step takes SECONDS.
+
+    error: what timing all together raises; ask: what stands in for a process per variant; order: takes the variants
+    in the order of their calls.
+    """
+
+    def clock(step, calls):
+        step()
+        variant = step.__self__.name
+        if order is not None:
+            order.append((variant, calls))
+        return SECONDS[variant]
+
+    workload = Setting.workload
     monkeypatch.setattr(Setting, "workload", lambda self, device: workload(self, CPU))
     monkeypatch.setattr(model_memory, "_peak_of_a_step", lambda *a: (10 * 2**30, 11 * 2**30))
     monkeypatch.setattr(model_memory, "verify_operators", lambda *a: None)
-    monkeypatch.setattr(model_memory, "make_clock", lambda device: lambda step, calls: step() or 1.0)
-    monkeypatch.setattr(model_memory, "ask_child", measure)
+    monkeypatch.setattr(model_memory, "make_clock", lambda device: clock)
+    monkeypatch.setattr(Setting, "ask", ask)
     if error:
         monkeypatch.setattr(model_memory, "interleave", lambda *a: (_ for _ in ()).throw(error))
     setting = Setting(NAME, torch.bfloat16, 0.0)
@@ -266,11 +283,19 @@ def on_cuda(monkeypatch, error=None):
 
 
 def test_on_a_gpu_steps_are_timed_in_turn(monkeypatch, capsys):
-    result = on_cuda(monkeypatch)
+    order = []
+    result = on_cuda(monkeypatch, order=order)
     model_memory_report.print_result(result)
     assert "steps were timed in turn, interleaved" in capsys.readouterr().out
     assert {row.timing for row in result.rows} == {"interleaved"}
-    assert [row.to_peft for row in result.rows] == [1.0, 1.0, 1.0]
+    times = {row.variant: (row.ms, row.ms_q1, row.ms_q3) for row in result.rows}
+    assert times == {variant: (1e3 * seconds,) * 3 for variant, seconds in SECONDS.items()}
+    ratios = {row.variant: (row.to_peft, row.to_peft_q1, row.to_peft_q3) for row in result.rows}
+    assert ratios == {"frozen": (0.25,) * 3, "peft": (1.0,) * 3, "lorasp+fa": (0.5,) * 3}
+    alone = [variant for variant in SECONDS for _ in range(5)]
+    warm_up = [variant for variant in ("frozen", *SECONDS) for _ in range(2)]
+    rounds = ["frozen", *["frozen", "frozen", "peft", "frozen", "lorasp+fa", "frozen"] * 2]
+    assert order == [(variant, 1) for variant in (*alone, *warm_up, *rounds)]
     assert {row.reserved_bytes for row in result.rows} == {11 * 2**30}
 
 
@@ -279,7 +304,40 @@ def test_where_the_variants_do_not_fit_together_it_says_so(monkeypatch, capsys):
     model_memory_report.print_result(result)
     assert "NOT interleaved" in capsys.readouterr().out
     assert {row.timing for row in result.rows} == {"each in a process of its own"}
-    assert {(row.ms, row.to_peft) for row in result.rows} == {(1000.0, None)}
+    assert {row.variant: row.ms for row in result.rows} == {v: 1e3 * seconds for v, seconds in SECONDS.items()}
+    assert {row.to_peft for row in result.rows} == {None}
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_the_next_models_processes_find_the_memory_that_timing_took(fits, monkeypatch):
+    """No tensor of it is alive when torch's allocator gives its memory back, and that is before they start."""
+    events, timed, interleave = [], [], model_memory.interleave
+
+    def noted(base, steps, *more):
+        timed.extend(weakref.ref(next(step.__self__.model.parameters()).untyped_storage()) for step in steps)
+        samples = interleave(base, steps, *more)
+        cycle = [steps]  # as a process's first forward leaves one
+        cycle.append(cycle)
+        events.append("timed")
+        if not fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return samples
+
+    def ask(setting, variant, device):
+        events.append("asked")
+        return measure(setting, variant, CPU)
+
+    measure = model_memory.measure
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: events.append(sum(one() is not None for one in timed)))
+    gc.disable()  # chance must not collect what give_back() has to
+    try:
+        for _ in range(2):
+            with monkeypatch.context() as patch:
+                patch.setattr(model_memory, "interleave", noted)
+                on_cuda(patch, ask=ask)
+    finally:
+        gc.enable()
+    assert events == [0, *["asked"] * 3, "timed"] * 2
 
 
 def test_a_variant_that_does_not_fit_has_no_row_and_a_reason(monkeypatch):
@@ -287,16 +345,24 @@ def test_a_variant_that_does_not_fit_has_no_row_and_a_reason(monkeypatch):
         facts = {"unavailable": "CUDA out of memory"}
         return facts if variant == "peft" else model_memory.measure(setting, variant, CPU)
 
-    monkeypatch.setattr(model_memory, "ask_child", ask)
+    monkeypatch.setattr(Setting, "ask", ask)
     monkeypatch.setattr(model_memory, "verify_operators", lambda *a: None)
     result = model_memory.run(Setting(NAME, torch.bfloat16, 0.0), [], "measured", device=CPU)
     assert [row.variant for row in result.rows] == ["frozen"]
     assert result.unavailable == {"peft": "CUDA out of memory"}
 
 
-def test_a_child_prints_one_line_of_json(capsys):
-    arguments = ["bench", "--model", NAME, "--memory", "measured", "--device", "cpu", "--child", "lorasp+fa"]
-    assert cli.main(arguments) == 0
+def test_a_process_that_fails_is_an_error_with_what_it_wrote(monkeypatch):
+    done = SimpleNamespace(returncode=1, stdout="", stderr="no such thing\n")
+    monkeypatch.setattr(child, "subprocess", SimpleNamespace(run=lambda *a, **how: done))
+    with pytest.raises(RuntimeError, match=r"--model tiny-llama --child peft .*-checkpointing failed: no such thing$"):
+        Setting(NAME, torch.bfloat16, 0.0, checkpointing=True).ask("peft", CPU)
+
+
+@pytest.mark.parametrize("more", [[], ["--memory", "measured"], ["--memory", "computed"]])
+def test_a_child_prints_one_line_of_json(more, capsys):
+    """Measured, whatever else is asked for."""
+    assert cli.main(["bench", "--model", NAME, *more, "--device", "cpu", "--child", "lorasp+fa"]) == 0
     facts = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert facts["peak_bytes"] > facts["accounted_bytes"] == sum(facts[part] for part in PARTS)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lorasp import cli, console
-from lorasp.bench import models, models_report
+from lorasp.bench import child, models, models_report
 from lorasp.bench.model_variants import MODELS, VARIANTS, Variant, adapted_layers, trained
 
 pytest.importorskip("peft")
@@ -26,11 +26,13 @@ def workload():
 
 
 def test_it_writes_a_table_a_csv_and_a_plot(tmp_path, capsys, monkeypatch):
-    in_a_child = models.peak_of_child
-    monkeypatch.setattr(models, "peak_of_child", lambda *a: in_a_child(*a) if a[1] == "lorasp+fa" else 2**28)
+    ask, told = child.ask, {"lorasp+sp": {"unavailable": "CUDA out of memory"}}
+    monkeypatch.setattr(
+        child, "ask", lambda *a: ask(*a) if a[1] == "lorasp+fa" else told.get(a[1], {"peak_bytes": 2**28})
+    )
     held = torch.ones(2**30, dtype=torch.uint8)
     arguments = ["bench", "--model", NAME, "--variants", "lorasp+fa", "lorasp+sp", "--dropout", "0.05"]
-    assert cli.main([*arguments, "--rounds", "2", "--out", str(tmp_path / "new")]) == 0
+    assert cli.main([*arguments, "--device", "cpu", "--rounds", "2", "--out", str(tmp_path / "new")]) == 0
     shown = capsys.readouterr().out
     assert "malloc thresholds" in shown
     assert f"{NAME}, 2×12 tokens, r = 4, bfloat16, lora_dropout 0.05" in shown
@@ -52,6 +54,9 @@ def test_it_writes_a_table_a_csv_and_a_plot(tmp_path, capsys, monkeypatch):
     assert int(rows["lorasp+sp"]["saved_over_frozen"]) == kept + TOKENS * (WIDTH + WIDTH + MLP) // 2 * 2
     assert int(rows["peft"]["optimizer_bytes"]) == 2 * 4 * int(rows["peft"]["trainable"])
     assert int(rows["lorasp+sp"]["optimizer_bytes"]) == 2 * 2 * int(rows["lorasp+sp"]["trainable"])
+    assert {name: row["peak_bytes"] for name, row in rows.items() if name != "lorasp+fa"} == {
+        "frozen": str(2**28), "peft": str(2**28), "lorasp+sp": "",
+    }  # fmt: skip
     # The child's own, not what the process that started it had.
     assert 2**27 < int(rows["lorasp+fa"]["peak_bytes"]) < held.nbytes
     (picture,) = (tmp_path / "new").glob("*.png")
@@ -107,7 +112,8 @@ def test_a_wrong_variant_is_never_timed(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setitem(VARIANTS, "wrong", Variant("a scale of its own", other_scale))
     monkeypatch.setattr(models, "interleave", lambda *a: pytest.fail("timed"))
-    assert cli.main(["bench", "--model", NAME, "--variants", "wrong", "--out", str(tmp_path)]) == 1
+    arguments = ["bench", "--model", NAME, "--variants", "wrong", "--device", "cpu"]
+    assert cli.main([*arguments, "--out", str(tmp_path)]) == 1
     assert "wrong result, nothing is timed: wrong logits: error" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
@@ -117,9 +123,9 @@ def test_a_variant_that_cannot_be_built_is_listed_with_the_reason(tmp_path, caps
         raise ValueError("not around this model")
 
     monkeypatch.setitem(VARIANTS, "refused", Variant("raises", refuse))
-    monkeypatch.setattr(models, "peak_of_child", lambda *a: 2**28)
-    arguments = ["bench", "--model", NAME, "--variants", "refused", "--rounds", "1", "--out", str(tmp_path)]
-    assert cli.main(arguments) == 2
+    monkeypatch.setattr(child, "ask", lambda *a: {"peak_bytes": 2**28})
+    arguments = ["bench", "--model", NAME, "--variants", "refused", "--rounds", "1", "--device", "cpu"]
+    assert cli.main([*arguments, "--out", str(tmp_path)]) == 2
     assert "not measured: refused: not around this model" in capsys.readouterr().out
 
 

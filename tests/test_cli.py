@@ -2,13 +2,16 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from lorasp import cli, console, demo
+from lorasp.bench import command, hiddenkey_report, model_memory_report, models_report
 from lorasp.ops import lora_linear, registry
 
 
@@ -57,8 +60,8 @@ def test_demo_names_the_extra_it_needs(module, tmp_path):
 
 
 def test_bench_without_its_extra_says_what_is_missing(tmp_path):
-    arguments = ["bench", "--mknr", "8,16,16,2", "--rounds", "1", "--dtype", "fp32", "--out", str(tmp_path)]
-    done = run_without(["rich", "matplotlib", "peft"], *arguments)
+    arguments = ["bench", "--mknr", "8,16,16,2", "--rounds", "1", "--dtype", "fp32", "--device", "cpu"]
+    done = run_without(["rich", "matplotlib", "peft"], *arguments, "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert 'not measured: peft: peft is not installed: pip install "lorasp[bench]"' in done.stdout
     assert "no plot: " in done.stdout
@@ -145,6 +148,63 @@ def test_usage_errors_exit_with_2(arguments, message, capsys):
         code = stop.code
     assert code == 2
     assert message in capsys.readouterr().err
+
+
+LAYER, ATTENTION, WHOLE = "--op lora_linear", "--op dropkey_attention", "--model"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "flag", "mode", "takers"),
+    [
+        (["--op", "hidden_cut", "--rates", "0.3"], "--rates", "--op hidden_cut", ATTENTION),
+        (["--op", "consistency", "--causal"], "--causal", "--op consistency", ATTENTION),
+        (["--op", "dropkey_attention", "--dropout", "0.3"], "--dropout", ATTENTION, f"{LAYER} or {WHOLE}"),
+        (["--op", "dropkey_attention", "--members", "3"], "--members", ATTENTION, LAYER),
+        (["--op", "hidden_cut", "--freeze-A"], "--freeze-A", "--op hidden_cut", LAYER),
+        (["--causal"], "--causal", LAYER, ATTENTION),
+        (["--op", "lora_linear", "--sizes", "2,3"], "--sizes", LAYER,
+         "--op dropkey_attention or --op hidden_cut or --op consistency"),
+        (["--child", "lorasp"], "--child", LAYER, WHOLE),
+        (["--model", "toy-llama", "--providers", "peft"], "--providers", WHOLE, LAYER),
+        (["--model", "toy-llama", "--tokens", "8"], "--tokens", WHOLE, LAYER),
+        (["--model", "llama-7b", "--rates", "0.1"], "--rates", WHOLE, ATTENTION),
+    ],
+)  # fmt: skip
+def test_bench_refuses_options_of_another_mode(arguments, flag, mode, takers, capsys):
+    assert cli.main(["bench", *arguments]) == 2
+    assert f"lorasp bench: {flag} is no option of {mode}: {flag} needs {takers}\n" == capsys.readouterr().err
+
+
+def test_bench_takes_an_operator_or_a_model(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["bench", "--model", "toy-llama", "--op", "lora_linear"])
+    assert "argument --op: not allowed with argument --model" in capsys.readouterr().err
+
+
+def documented_commands() -> list[str]:
+    """`bench` and `tune` as Makefile and the two READMEs call them."""
+    root = Path(__file__).resolve().parents[1]
+    makefile, *texts = ((root / name).read_text() for name in ("Makefile", "README.md", "benchmarks/README.md"))
+    found = re.findall(r"-m lorasp ((?:bench|tune) .*)", makefile.replace("$(OUT)", "out"))
+    for text in texts:
+        found += re.findall(r"^python -m lorasp ((?:bench|tune)[^#\n]*)", text, re.MULTILINE)
+        found += re.findall(r"`python -m lorasp ((?:bench|tune)[^`…]*)`", text)
+    return sorted({" ".join(one.split()) for one in found if "--help" not in one})
+
+
+@pytest.mark.parametrize("documented", documented_commands())
+def test_what_is_documented_is_accepted(documented, monkeypatch, capsys):
+    def chosen(options):
+        device = torch.device("cpu")
+        return 0 if command.choose_shapes(options, device) and command.choose_providers(options, device) else 1
+
+    monkeypatch.setattr(command, "run", chosen)
+    for other in (hiddenkey_report, models_report, model_memory_report):
+        monkeypatch.setattr(other, "run", lambda options: 0)
+    arguments = documented.replace("--device cuda", "--device cpu").split()
+    if arguments[0] == "tune":
+        pytest.importorskip("triton")
+    assert cli.main([*arguments, *["--dry-run", "--target", "sm_90"] * (arguments[0] == "tune")]) == 0
 
 
 def test_demo_prints_a_table_and_draws_a_picture(tmp_path, capsys):

@@ -233,6 +233,7 @@ def test_dry_run_shows_the_work(op, arguments, shown, capsys):
     [
         (["--op", "dropkey_attention", "--ranks", "8"], "--ranks is no option of --op dropkey_attention"),
         (["--op", "lora_linear_skinny", "--plans", "fused"], "--plans is no option of --op lora_linear_skinny"),
+        (["--op", "dropkey_attention", "--dropout", "on"], "--dropout is no option of --op dropkey_attention"),
         (["--sizes", "1,2,3,4"], "--sizes is no option of --op lora_linear"),
         (["--op", "dropkey_attention", "--sizes", "1,2,3"], "--sizes must be B,H,S,D with D up to 256, got 1,2,3"),
     ],

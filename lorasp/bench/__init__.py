@@ -20,12 +20,13 @@ from lorasp.bench.cases import (
     Shape,
     Unavailable,
     contract_bytes,
+    distinct,
     floor,
     flops,
     min_bytes,
     with_tokens,
 )
-from lorasp.bench.timing import Clock, interleave, make_clock, peak_bytes, pin_malloc, quartiles
+from lorasp.bench.timing import Clock, interleave, make_clock, peak_bytes, pin_malloc, spread
 from lorasp.memory import saved_bytes
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "ShapeResult",
     "Unavailable",
     "contract_bytes",
+    "distinct",
     "floor",
     "flops",
     "measure",
@@ -140,8 +142,6 @@ def _function(candidate: Candidate, mode: str) -> Callable[[], object]:
 def _measurement(candidate: Candidate, mode: str, sample: list[tuple[float, float]]) -> Measurement:
     provider, workload = candidate.provider, candidate.workload
     shape, dtype = workload.shape, workload.x.dtype
-    ms_q1, ms, ms_q3 = quartiles([1e3 * took for took, _ in sample])
-    ratio_q1, ratio, ratio_q3 = quartiles([value for _, value in sample])
     with candidate.context():
         saved = saved_bytes(candidate.forward, exclude=candidate.layers)
         peak = peak_bytes(_function(candidate, mode), workload.x.device)
@@ -152,12 +152,7 @@ def _measurement(candidate: Candidate, mode: str, sample: list[tuple[float, floa
         dtype=str(dtype).removeprefix("torch."),
         dropout_p=workload.dropout_p,
         rounds=len(sample),
-        ms=ms,
-        ms_q1=ms_q1,
-        ms_q3=ms_q3,
-        ratio=ratio,
-        ratio_q1=ratio_q1,
-        ratio_q3=ratio_q3,
+        **spread(sample),
         saved_bytes=saved,
         peak_bytes=peak,
         flops=flops(shape, provider, mode),

@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from lorasp import rng
 from lorasp.bench.entries import Entry, entry, normal
 from lorasp.bench.targets import Target
+from lorasp.bench.timing import give_back
 from lorasp.functional import dropkey_attention
 
 SEED = 3
@@ -118,6 +119,7 @@ def too_large(name: str, sizes: tuple[int, int, int, int], dtype: torch.dtype, d
 
 
 def free_bytes(device: torch.device) -> int | None:
+    give_back(device)
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 

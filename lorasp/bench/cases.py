@@ -14,7 +14,7 @@ G layers that read one x (Shape.members): everything G times but x, its gradient
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -188,6 +188,14 @@ class Candidate:
 
 def with_tokens(shapes: Sequence[Shape], tokens: int) -> tuple[Shape, ...]:
     return tuple(replace(shape, M=tokens) for shape in shapes)
+
+
+def distinct(shapes: Iterable[Shape]) -> list[Shape]:
+    """Every layer once, by its first name: named sets overlap."""
+    first: dict[Shape, Shape] = {}
+    for shape in shapes:
+        first.setdefault(replace(shape, name=""), shape)
+    return list(first.values())
 
 
 def _trained(shape: Shape, provider: Provider) -> tuple[int, int]:

@@ -9,6 +9,14 @@ from lorasp import bench, console, info
 from lorasp.bench import Provider, Shape, report, session, targets, workloads
 from lorasp.console import UsageError
 
+# What `lorasp bench` can be asked for, and the options that not all of it takes.
+OPTIONS = {
+    "--op lora_linear": ("shapes", "mknr", "tokens", "dropout", "providers", "freeze_A", "members", "prepack"),
+    "--op dropkey_attention": ("sizes", "rates", "causal"),
+    "--op hidden_cut": ("sizes",),
+    "--op consistency": ("sizes",),
+    "--model": ("variants", "child", "memory", "checkpointing", "dropout"),
+}
 # M of the models' layers on a CPU, where their GPU micro-batch would take minutes per sample.
 _CPU_TOKENS = 512
 
@@ -30,7 +38,7 @@ def choose_shapes(options: argparse.Namespace, device: torch.device) -> list[Sha
             tokens = _CPU_TOKENS
         shapes += bench.SHAPES[name] if tokens is None else bench.with_tokens(bench.SHAPES[name], tokens)
     shapes += [Shape(*sizes) for sizes in options.mknr or ()]
-    return [replace(shape, members=options.members) for shape in shapes]
+    return [replace(shape, members=options.members) for shape in bench.distinct(shapes)]
 
 
 def choose_providers(options: argparse.Namespace, device: torch.device) -> list[Provider]:

@@ -19,7 +19,8 @@ from lorasp.bench import attention
 from lorasp.bench.attention import SEED
 from lorasp.bench.entries import Entry, normal
 from lorasp.bench.entries import entry as make_entry
-from lorasp.bench.timing import interleave, make_clock, quartiles
+from lorasp.bench.timing import interleave, make_clock, spread
+from lorasp.bench.verify import verify_case
 from lorasp.functional import consistency_loss, hidden_cut
 from lorasp.memory import saved_bytes
 
@@ -99,12 +100,12 @@ def _time(contest: Contest, device: torch.device, rates: Sequence[float], rounds
     steps = [entry.step for entry in entries]
     samples = interleave(steps[0], steps, make_clock(device), rounds, seconds)
     for entry, sample in zip(entries, samples, strict=True):
-        ratio_q1, ratio, ratio_q3 = quartiles([value for _, value in sample])
-        ms = quartiles([1e3 * took for took, _ in sample])[1]
+        timed = spread(sample)
         contest.rows.append(
             Row(
                 contest.op, contest.sizes, str(contest.dtype).removeprefix("torch."), contest.causal, entry.name,
-                entry.rate, len(sample), ms, ratio, ratio_q1, ratio_q3, saved_bytes(entry.forward),
+                entry.rate, len(sample), *(timed[name] for name in ("ms", "ratio", "ratio_q1", "ratio_q3")),
+                saved_bytes(entry.forward),
             )
         )  # fmt: skip
 
@@ -124,11 +125,7 @@ def verify(op: str, sizes: tuple[int, ...], dtype: torch.dtype, device: torch.de
     else:
         shape = (*(min(size, 64) for size in sizes[:-1]), sizes[-1])
     for case in operator.cases([shape], [dtype]):
-        for result in operator.check_case(case, "auto", "auto", device):
-            if not result.ok:
-                raise AssertionError(
-                    f"{op} {result.tensor} [{result.case}]: error {result.error:.3e} exceeds {result.bound:.3e}"
-                )
+        verify_case(operator, case, device)
 
 
 def _hidden_cut(sizes, dtype, device) -> list[Entry]:

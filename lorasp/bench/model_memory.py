@@ -8,19 +8,17 @@ of the two its peak is. The parts of the peak come from the account in both.
 
 import contextlib
 import importlib
-import json
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 
 from lorasp import console
+from lorasp.bench import child
 from lorasp.bench.account import PARTS, Account, account, as_on
 from lorasp.bench.model_variants import BASE, MODELS, PEFT
-from lorasp.bench.models import Candidate, Workload, peak_resident, verify_operators
-from lorasp.bench.timing import interleave, make_clock, pin_malloc, quartiles
+from lorasp.bench.models import Candidate, Workload, verify_operators
+from lorasp.bench.timing import give_back, interleave, make_clock, pin_malloc, quartiles, spread
 from lorasp.memory import saved_bytes
 
 COMPUTED, MEASURED = "computed", "measured"
@@ -92,6 +90,10 @@ class Setting:
     def workload(self, device: torch.device) -> Workload:
         return Workload.of(self.model, self.dtype, device, self.dropout_p, self.checkpointing)
 
+    def ask(self, variant: str, device: torch.device) -> dict:
+        """measure() in a process of its own."""
+        return child.ask(self.model, variant, self.dtype, device, self.dropout_p, self.checkpointing)
+
 
 def run(
     setting: Setting,
@@ -113,10 +115,11 @@ def run(
     if method == MEASURED:
         progress(f"{setting.model}: checking operators")
         verify_operators(setting.workload(torch.device("meta")), device)
+        give_back(device)  # the children need what this, and timing the model before, has taken
     result, found = MemoryResult(), {}
     for variant in variants:
         progress(f"{setting.model}: memory of {variant}")
-        facts = compute(setting, variant, device.type) if method == COMPUTED else ask_child(setting, variant, device)
+        facts = compute(setting, variant, device.type) if method == COMPUTED else setting.ask(variant, device)
         if "unavailable" in facts:
             result.unavailable[variant] = facts["unavailable"]
         else:
@@ -205,7 +208,7 @@ def _measured(workload: Workload, variant: str, device: torch.device) -> dict:
 def _peak_of_a_step(candidate: Candidate, device: torch.device) -> tuple[int, int | None]:
     if device.type == "cpu":
         candidate.step()
-        return peak_resident(), None
+        return child.peak_resident(), None
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     candidate.step()
@@ -217,19 +220,6 @@ def _time_alone(candidate: Candidate, device: torch.device) -> dict:
     clock = make_clock(device)
     q1, median, q3 = quartiles([1e3 * clock(candidate.step, 1) for _ in range(_ALONE)])
     return {"ms_q1": q1, "ms": median, "ms_q3": q3}
-
-
-def ask_child(setting: Setting, variant: str, device: torch.device) -> dict:
-    """measure() in a process of its own. Raises RuntimeError with what it wrote if it fails."""
-    command = [
-        sys.executable, "-m", "lorasp", "bench", "--model", setting.model, "--memory", MEASURED, "--child", variant,
-        "--dropout", str(setting.dropout_p), "--dtype", str(setting.dtype).removeprefix("torch."), "--device",
-        str(device), "--threads", str(torch.get_num_threads()), *["--checkpointing"] * setting.checkpointing,
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"bench: {' '.join(command[1:])} failed: {done.stderr.strip()}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def time_together(
@@ -246,13 +236,9 @@ def time_together(
     except torch.OutOfMemoryError:
         return {}
     peft = samples[variants.index(PEFT)] if PEFT in variants else None
-    found = {}
-    for variant, sample in zip(variants, samples, strict=True):
-        found[variant] = {"timing": TOGETHER}
-        values = {"ms": [1e3 * took for took, _ in sample]}
-        if peft:
-            values["to_peft"] = [ratio / other for (_, ratio), (_, other) in zip(sample, peft, strict=True)]
-        for what, list_ in values.items():
-            q1, median, q3 = quartiles(list_)
-            found[variant] |= {f"{what}_q1": q1, what: median, f"{what}_q3": q3}
-    return found
+    timed = {variant: spread(sample, peft) for variant, sample in zip(variants, samples, strict=True)}
+    columns = {one.name for one in fields(Row)}
+    return {
+        variant: {"timing": TOGETHER} | {name: value for name, value in values.items() if name in columns}
+        for variant, values in timed.items()
+    }

@@ -24,8 +24,10 @@ _WHAT = {
 
 
 def wanted(options: argparse.Namespace) -> bool:
-    """Whether these options ask for memory: by --memory, or by a model of a published size."""
-    return options.memory is not None or any(name in MODELS and MODELS[name].published for name in options.model)
+    """Whether these options ask for memory: by --memory, for another process, or by a model of a published size."""
+    return (options.memory or options.child) is not None or any(
+        name in MODELS and MODELS[name].published for name in options.model
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -35,15 +37,15 @@ def run(options: argparse.Namespace) -> int:
     """
     variants = models_report.variants_asked_for(options)
     here = session.device_of(options)
+    settings = [Setting(name, options.dtype, options.dropout, options.checkpointing) for name in options.model]
+    if options.child is not None:
+        print(json.dumps(model_memory.measure(settings[0], options.child, here)))
+        return 0
     method = (
         options.memory if options.memory in model_memory.METHODS else (MEASURED if here.type == "cuda" else COMPUTED)
     )
     # A computed step takes CUDA's operators wherever it is computed.
     device = torch.device("cuda") if options.device is None and method == COMPUTED else here
-    settings = [Setting(name, options.dtype, options.dropout, options.checkpointing) for name in options.model]
-    if options.child is not None:
-        print(json.dumps(model_memory.measure(settings[0], options.child, device)))
-        return 0
     machine = machine_of(method, device)
     rules = f"computed; {_NOT_COUNTED}" if method == COMPUTED else f"measured; {_WHAT[device.type]}"
     environment = session.begin(options.out, machine, rules, "peft", what="memory of one training step, ")

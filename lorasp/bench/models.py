@@ -7,18 +7,14 @@ to the logits. What a variant keeps resident is measured in a process of its own
 """
 
 import copy
-import importlib
-import json
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from lorasp import console, testing
+from lorasp import testing
+from lorasp.bench import child
 from lorasp.bench.model_variants import (
     ALPHA,
     BASE,
@@ -34,11 +30,11 @@ from lorasp.bench.model_variants import (
     set_factors,
     trained,
 )
-from lorasp.bench.timing import interleave, make_clock, pin_malloc, quartiles
+from lorasp.bench.timing import interleave, make_clock, spread
+from lorasp.bench.verify import verify_case
 from lorasp.memory import saved_bytes
 
 _LR = 1e-4
-_CHILD_STEPS = 4  # the optimizer's state exists from the first one on
 
 
 @dataclass
@@ -188,12 +184,7 @@ def verify_operators(workload: Workload, device: torch.device) -> None:
             (testing.lora_linear_group, {"members": 2, "granularity": "feature"}),
         ):
             case = operator.Case(64, k, n, rank, dtype, dropout_p=workload.dropout_p, **switches)
-            for result in operator.check_case(case, "auto", "auto", device):
-                if not result.ok:
-                    raise AssertionError(
-                        f"{result.op} {result.tensor} [{result.case}]: error {result.error:.3e} exceeds "
-                        f"{result.bound:.3e}"
-                    )
+            verify_case(operator, case, device)
 
 
 @dataclass(frozen=True)
@@ -201,7 +192,7 @@ class Row:
     """One variant: milliseconds a step, ratios within a round to the frozen model and to PEFT as it comes, bytes.
 
     _q1, _q3: quartiles over rounds. saved_over_frozen: of saved_bytes, what the frozen model does not save. peak_bytes:
-    the most that a process of its own had resident (on CUDA: that the allocator held), None if not measured.
+    model_memory.measure()'s, None if not measured or if a process of its own has no memory for it.
     """
 
     model: str
@@ -274,52 +265,13 @@ def run(
     saved = [saved_bytes(candidate.logits, exclude=candidate.model) for candidate in candidates]
     for candidate, sample, kept in zip(candidates, samples, saved, strict=True):
         progress(f"{name}: peak memory of {candidate.name}")
-        peak = peak_of_child(name, candidate.name, dtype, device, dropout_p) if peaks else None
-        ratios = [ratio for _, ratio in sample]
-        to_peft = [ratio / peft for ratio, (_, peft) in zip(ratios, samples[1], strict=True)]
-        timed = {}
-        for what, values in (("ms", [1e3 * took for took, _ in sample]), ("ratio", ratios), ("to_peft", to_peft)):
-            timed[f"{what}_q1"], timed[what], timed[f"{what}_q3"] = quartiles(values)
+        peak = child.ask(name, candidate.name, dtype, device, dropout_p).get("peak_bytes") if peaks else None
         result.rows.append(
             Row(
                 model=name, variant=candidate.name, dtype=str(dtype).removeprefix("torch."), dropout_p=dropout_p,
                 batch=workload.case.batch, tokens=workload.case.tokens, rank=workload.case.rank, rounds=len(sample),
-                **timed, saved_bytes=kept, saved_over_frozen=kept - saved[0], peak_bytes=peak,
+                **spread(sample, samples[1]), saved_bytes=kept, saved_over_frozen=kept - saved[0], peak_bytes=peak,
                 trainable=candidate.trainable, optimizer_bytes=candidate.optimizer_bytes,
             )
         )  # fmt: skip
     return result
-
-
-def peak_of_child(name: str, variant: str, dtype: torch.dtype, device: torch.device, dropout_p: float) -> int:
-    """peak_of() in a process of its own. Raises RuntimeError with what it wrote if it fails."""
-    command = [
-        sys.executable, "-m", "lorasp", "bench", "--model", name, "--child", variant, "--dropout", str(dropout_p),
-        "--dtype", str(dtype).removeprefix("torch."), "--device", str(device), "--threads",
-        str(torch.get_num_threads()),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"bench: {' '.join(command[1:])} failed: {done.stderr.strip()}")
-    return json.loads(done.stdout.splitlines()[-1])["peak_bytes"]
-
-
-def peak_of(name: str, variant: str, dtype: torch.dtype, device: torch.device, dropout_p: float) -> int:
-    """Take a few steps of one variant; the most bytes this program had resident (on CUDA: the allocator held)."""
-    if device.type == "cpu":
-        pin_malloc()
-    with console.quiet_imports():
-        importlib.import_module("peft")  # for every variant: it is no part of what training keeps
-    candidate = Workload.of(name, dtype, device, dropout_p).build(variant)
-    for _ in range(_CHILD_STEPS):
-        candidate.step()
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident()
-
-
-def peak_resident() -> int:
-    """The most bytes this program had resident, on Linux.
-
-    VmHWM, not getrusage's ru_maxrss: that one starts at the size of whoever started this process.
-    """
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))

@@ -1,7 +1,6 @@
 """What `lorasp bench --model` shows: a table per model, the targets beside what was measured, one csv and one plot."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -69,10 +68,6 @@ def run(options: argparse.Namespace) -> int:
     """
     variants = variants_asked_for(options)
     device = session.device_of(options)
-    if options.child is not None:
-        peak = models.peak_of(options.model[0], options.child, options.dtype, device, options.dropout)
-        print(json.dumps({"peak_bytes": peak}))
-        return 0
     machine = info.device_name(device)
     environment = session.begin(options.out, machine, session.timing_rules(device), "peft")
     results: list[ModelResult] = []
@@ -129,7 +124,7 @@ def plot(path: Path, rows: Sequence[Row], machine: str, versions: dict[str, str]
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    what = "resident" if machine.endswith(" threads)") else "allocated"
+    what = "allocated" if session.names_gpu(machine) else "resident"
     names = list(dict.fromkeys(row.model for row in rows))
     most = max(sum(row.model == name for row in rows) for name in names)
     figure, axes = pyplot.subplots(

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -13,11 +14,20 @@ from lorasp import console, info
 from lorasp.bench.timing import pin_malloc
 
 
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def device_of(options: argparse.Namespace) -> torch.device:
     """--device, or the GPU where there is one; sets --threads."""
     if options.threads:
         torch.set_num_threads(options.threads)
-    return options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return options.device or default_device()
+
+
+def names_gpu(device: str) -> bool:
+    """Of a csv's column `device`: a CPU is named with its threads, and what was computed says so (memory)."""
+    return not re.search(r" \(\d+ threads\)$|^computed for ", device)
 
 
 def timing_rules(device: torch.device) -> str:

@@ -1,6 +1,7 @@
-"""How a benchmark measures: malloc pinned, clocks, interleaved samples, quartiles, peak memory."""
+"""How a benchmark measures: malloc pinned, clocks, interleaved samples, quartiles, memory of the GPU."""
 
 import ctypes
+import gc
 import math
 import os
 import statistics
@@ -114,6 +115,23 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return q1, median, q3
 
 
+def spread(
+    sample: Sequence[tuple[float, float]], peft: Sequence[tuple[float, float]] | None = None
+) -> dict[str, float]:
+    """Medians over one function's rounds of ms, ratio and, given PEFT's rounds, to_peft; with _q1 and _q3, quartiles.
+
+    to_peft is taken round by round, between two ratios to the base.
+    """
+    values = {"ms": [1e3 * took for took, _ in sample], "ratio": [ratio for _, ratio in sample]}
+    if peft is not None:
+        values["to_peft"] = [ratio / other for (_, ratio), (_, other) in zip(sample, peft, strict=True)]
+    return {
+        f"{what}{end}": value
+        for what, of_rounds in values.items()
+        for end, value in zip(("_q1", "", "_q3"), quartiles(of_rounds), strict=True)
+    }
+
+
 def peak_bytes(function: Callable[[], object], device: torch.device) -> int | None:
     """The most the CUDA allocator held during the call beyond what it held before; None on a CPU."""
     if device.type != "cuda":
@@ -124,3 +142,13 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int | No
     function()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def give_back(device: torch.device) -> None:
+    """Give the GPU what torch's allocator keeps of tensors that are gone, which is taken for every other process.
+
+    Reference cycles first: a process's first forward of a model leaves some that hold its weights.
+    """
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()

@@ -20,18 +20,16 @@ from lorasp.tune.search import Bench, DeviceLost, Job, Outcome
 from lorasp.tune.table import PlanFile
 
 JOBS = {"lora_linear": lora_linear, "dropkey_attention": dropkey_attention, "lora_linear_skinny": lora_linear_skinny}
+OPTIONS = {
+    "--op lora_linear": ("shapes", "ranks", "tokens", "dropout", "plans"),
+    "--op dropkey_attention": ("sizes",),
+    "--op lora_linear_skinny": ("shapes", "ranks", "tokens", "dropout"),
+}
 
 
 def make_jobs(options: argparse.Namespace) -> list[Job]:
     """Every job of the options. Raises UsageError for options of another operator."""
-    refused = {
-        "lora_linear": ("sizes",),
-        "dropkey_attention": ("shapes", "ranks", "tokens", "plans"),
-        "lora_linear_skinny": ("sizes", "plans"),
-    }[options.op]
-    for name in refused:
-        if getattr(options, name) is not None:
-            raise UsageError(f"--{name} is no option of --op {options.op}")
+    console.refuse_foreign(options, f"--op {options.op}", OPTIONS)
     for sizes in options.sizes or ():
         if len(sizes) != 4 or sizes[3] > 256:
             raise UsageError(f"--sizes must be B,H,S,D with D up to 256, got {','.join(map(str, sizes))}")
@@ -129,7 +127,7 @@ def _device_bench(options: argparse.Namespace) -> tuple[Bench, dict[str, str]]:
     device = options.device or torch.device("cpu" if INTERPRETED else "cuda")
     if INTERPRETED and device.type != "cpu":
         raise UsageError(f"--device must be cpu under TRITON_INTERPRET=1, got {device}")
-    for dtype in options.dtypes or (torch.bfloat16,):
+    for dtype in options.dtypes:
         if reason := registry.unsupported("triton", device.type, dtype):
             raise UsageError(reason)
     if device.type == "cpu" and options.out is None:

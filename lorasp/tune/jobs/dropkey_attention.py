@@ -11,7 +11,7 @@ import torch
 from lorasp.triton_kernels import dropkey_attention_candidates as proposals
 from lorasp.triton_kernels.dropkey_attention_tiles import AttentionConfig, architecture_config, head_dim_bucket
 from lorasp.triton_kernels.tuning import Target, Tiles
-from lorasp.tune.jobs.tiles import TileJob, dtypes_of
+from lorasp.tune.jobs.tiles import TileJob
 
 # (B, H, S, D): 16384 tokens of a model 2048 wide.
 SIZES = ((4, 16, 4096, 128), (4, 32, 4096, 64))
@@ -88,6 +88,6 @@ def make_jobs(options: argparse.Namespace) -> list[AttentionJob]:
     return [
         AttentionJob(kernel, dtype, logits, causal, *sizes)
         for dtype, logits, sizes, causal, kernel in itertools.product(
-            dtypes_of(options), LOGITS, options.sizes or SIZES, (True, False), KERNELS
+            options.dtypes, LOGITS, options.sizes or SIZES, (True, False), KERNELS
         )
     ]

@@ -10,6 +10,7 @@ import torch
 
 from lorasp.triton_kernels.gemm_candidates import own_tiles, plan_candidates, shared_bytes
 from lorasp.triton_kernels.tuning import ONEPASS_MAX_RANK, PLANS, GemmConfig, Plan, Target
+from lorasp.tune.jobs.dtype import NamedDtype
 
 # (K, N): LLaMA 8B's q and o, gate and up, down, k and v; RoBERTa-large's up, down and attention.
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (4096, 1024), (1024, 4096), (1024, 1024))
@@ -21,7 +22,7 @@ DROPOUT = {"off": (False,), "on": (True,), "both": (False, True)}
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(NamedDtype):
     """The calls that one row of a plan table speaks for, by the names of the row."""
 
     direction: str
@@ -39,10 +40,6 @@ class Job:
     names: ClassVar[Sequence[str]] = PLANS[1:]
     heads: ClassVar[Sequence[str]] = ("shared KiB", "tiles, largest call", "waves")
     varies: ClassVar[str] = "M"
-
-    @property
-    def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
 
     def __str__(self) -> str:
         return f"{self.direction} {self.M}×{self.K}×{self.N} r{self.R} {self.dtype_name}, {self._drop}"
@@ -120,7 +117,7 @@ def make_jobs(options: argparse.Namespace) -> list[Job]:
     return [
         Job(direction, dtype, dropout, N, K, R, M)
         for dtype, dropout, (K, N), R, direction, M in itertools.product(
-            options.dtypes or (torch.bfloat16,), DROPOUT[options.dropout], options.shapes or SHAPES,
+            options.dtypes, DROPOUT[options.dropout], options.shapes or SHAPES,
             options.ranks or RANKS, DIRECTIONS, options.tokens or TOKENS,
         )
     ]  # fmt: skip

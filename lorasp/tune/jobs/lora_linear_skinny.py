@@ -11,7 +11,7 @@ import torch
 from lorasp.triton_kernels import lora_linear_skinny_candidates as proposals
 from lorasp.triton_kernels.tuning import SkinnyConfig, Target, Tiles, architecture_rank_config
 from lorasp.tune.jobs.lora_linear import DROPOUT
-from lorasp.tune.jobs.tiles import TileJob, dtypes_of
+from lorasp.tune.jobs.tiles import TileJob
 
 # Columns of the large matrix: K or N of the layers; ranks and rows a factor of four apart serve what lies between.
 COLUMNS = (4096, 14336, 1024)
@@ -83,7 +83,7 @@ def make_jobs(options: argparse.Namespace) -> list[RankJob]:
     return [
         RankJob(kernel, dtype, dropout, C, R, M)
         for dtype, dropout, kernel, C, R, M in itertools.product(
-            dtypes_of(options), DROPOUT[options.dropout], KERNELS, columns, options.ranks or RANKS,
+            options.dtypes, DROPOUT[options.dropout], KERNELS, columns, options.ranks or RANKS,
             options.tokens or TOKENS,
         )
         if kernel != "project_outer" or (not dropout and R <= 64)

@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import ClassVar
 
-import torch
-
 from lorasp.triton_kernels.plan_table import TILE_SECTIONS
 from lorasp.triton_kernels.tuning import Target, Tiles
+from lorasp.tune.jobs.dtype import NamedDtype
 
 
-class TileJob:
+class TileJob(NamedDtype):
     """A dataclass of the fields of its operator's TILE_SECTIONS, and of sizes beside them, derives from this."""
 
     operator: ClassVar[str]
@@ -22,10 +21,6 @@ class TileJob:
     @property
     def section(self) -> str:
         return self.operator
-
-    @property
-    def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
 
     def own_config(self, target: Target):
         """The architecture's own tiles."""
@@ -63,7 +58,3 @@ class TileJob:
         values = {field.name: getattr(self, field.name) for field in fields(self)} | {"dtype": self.dtype_name}
         row = {name: values[name] for name in TILE_SECTIONS[self.operator].key}
         return row if tiles.own else row | {"tiles": dict(tiles.fields)}
-
-
-def dtypes_of(options) -> Sequence[torch.dtype]:
-    return options.dtypes or (torch.bfloat16,)
