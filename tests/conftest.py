@@ -1,6 +1,7 @@
 import contextlib
 import json
 import os
+import sys
 
 import pytest
 
@@ -31,9 +32,11 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def seeded():
-    """What a test draws does not depend on the tests its process ran before."""
+def as_if_alone():
+    """A test depends on no test its process ran before: on what they drew, or how often Dynamo recompiled for them."""
     torch.manual_seed(0)
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture
