@@ -242,7 +242,7 @@ def test_backward_keeps_the_logits_and_24_bytes_a_row():
     assert known <= extra.keys()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.lists(st.integers(0, 5), min_size=0, max_size=3),
     st.integers(1, 70),

@@ -1,4 +1,4 @@
-"""consistency in CUDA C++: kernels and operators, executed on the CPU by the emulator; on a GPU where there is one."""
+"""consistency in CUDA C++: kernels and operators on the emulator; on hardware: test_gpu_consistency.py."""
 
 import ctypes
 from ctypes import c_bool, c_int, c_int64
@@ -9,6 +9,7 @@ import torch
 from cuda_emulation.backend import ORDERS
 from cuda_emulation.library import DTYPES as NUMBER_OF
 from cuda_emulation.library import EmulationError, call, load, pointer
+from cuda_emulation.operands import LAYOUTS, shifted
 
 import lorasp
 from lorasp import consistency_loss, testing
@@ -21,25 +22,6 @@ from lorasp.testing import assert_close
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Few rows: the rule then asks for as few roundings as PyTorch happened to need. A fixed draw that is typical.
 SEED = 1
-
-
-def padded(x):
-    """Rows that lie apart at multiples of 16 bytes; NaN between them."""
-    wide = torch.full((*x.shape[:2], -(-x.shape[2] // 8) * 8 + 16), torch.nan, dtype=x.dtype)
-    return wide[..., : x.shape[2]].copy_(x)
-
-
-def shifted(x):
-    """One element behind a multiple of 16 bytes."""
-    return torch.full((x.numel() + 1,), torch.nan, dtype=x.dtype)[1:].view(x.shape).copy_(x)
-
-
-LAYOUTS = {
-    "contiguous": lambda x: x,
-    "padded": padded,
-    "shifted": shifted,
-    "exchanged": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
-}
 
 
 class Operand(ctypes.Structure):

@@ -4,11 +4,10 @@ import ctypes
 
 import pytest
 import torch
+from cuda_emulation.backend import ORDERS
 from cuda_emulation.library import EmulationError, call, load, pointer
 
 from lorasp import rng
-
-ORDERS = {0: "ascending", 1: "descending", 7: "shuffled"}
 
 
 def key_lists(rows, Sk, seed, p, order=0, faults=()):

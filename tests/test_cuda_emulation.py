@@ -1,16 +1,16 @@
 """The emulator that executes the CUDA kernels without a GPU: it does what hardware does, and refuses the undefined."""
 
 import ctypes
+import subprocess
 
 import pytest
 import torch
-from cuda_emulation.library import DTYPES, EmulationError, call, load, pointer
+from cuda_emulation.backend import ORDERS
+from cuda_emulation.library import DTYPES, FLAGS, HERE, ROOT, TORCH_FLAGS, EmulationError, call, compiler, load, pointer
 
 LANES = range(32)
 HALVES = (torch.bfloat16, torch.float16)
-
-
-ORDERS = {0: "ascending", 1: "descending", 7: "shuffled"}
+CUDA = ROOT / "csrc" / "cuda"
 
 
 @pytest.fixture(scope="module", params=ORDERS, ids=ORDERS.get)
@@ -148,6 +148,16 @@ def test_rounding_is_torch_s(probes, dtype):
 
 
 # (file, text, replacement), and what the emulator says: nothing where the numbers come out wrong instead.
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("source", sorted(file.name for file in CUDA.glob("*.cu") if file.name != "launch.cu"))
+def test_every_source_compiles_alone(source):
+    """As setup.py compiles it, whatever kernels.cpp includes before it; launch.cu is nvcc's (test_cuda_compile.py)."""
+    folders = [f"-I{CUDA}", f"-I{HERE}"]
+    command = [compiler(), "-fsyntax-only", "-x", "c++", *folders, str(CUDA / source), *FLAGS, *TORCH_FLAGS[:1]]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 FAULTS = {
     "an index one row too far": (
         ("lora_linear_project.cuh", "member.h + (m * member.h_stride + r)", "member.h + (m * member.h_stride + R + r)"),

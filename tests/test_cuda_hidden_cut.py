@@ -1,4 +1,4 @@
-"""hidden_cut in CUDA C++: kernel and operator, executed on the CPU by the emulator; on a GPU where there is one."""
+"""hidden_cut in CUDA C++: kernel and operator on the emulator; on hardware: test_gpu_hidden_cut.py."""
 
 import ctypes
 from ctypes import c_double, c_int, c_int64
@@ -8,6 +8,8 @@ import torch
 from cuda_emulation.backend import ORDERS
 from cuda_emulation.library import DTYPES as NUMBER_OF
 from cuda_emulation.library import EmulationError, call, load, pointer
+from cuda_emulation.operands import LAYOUTS, normal, padded, shifted
+from keep_bits import keep_at
 
 import lorasp
 from lorasp import hidden_cut, rng
@@ -21,26 +23,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Units of eight elements inside a row, across two rows and across many; a whole block and more.
 SHAPES = ((1, 1, 1), (2, 3, 5), (9, 11, 1), (3, 9, 64), (2, 17, 129), (1, 2, 2050))
 SEED = torch.tensor(-(2**40) - 17)
-
-
-def padded(x):
-    """Rows that lie apart at multiples of 16 bytes; NaN between them."""
-    wide = torch.full((*x.shape[:2], -(-x.shape[2] // 8) * 8 + 16), torch.nan, dtype=x.dtype)
-    view = wide[..., : x.shape[2]]
-    return view.copy_(x)
-
-
-def shifted(x):
-    """One element behind a multiple of 16 bytes."""
-    return torch.full((x.numel() + 1,), torch.nan, dtype=x.dtype)[1:].view(x.shape).copy_(x)
-
-
-def exchanged(x):
-    """Rows of one token next to each other."""
-    return x.transpose(0, 1).contiguous().transpose(0, 1)
-
-
-LAYOUTS = {"contiguous": lambda x: x, "padded": padded, "shifted": shifted, "exchanged": exchanged}
 
 
 class Shape(ctypes.Structure):
@@ -67,10 +49,6 @@ def run(x, residual, p, pattern, dtype, seed=SEED, order=0, faults=()):
     return out
 
 
-def normal(*shape, dtype, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
 def assert_right(x, residual, p, pattern, out):
     wide = [None if t is None else t.double() for t in (x, residual)]
     plain, exact = (reference.forward(*pair, SEED, p, pattern) for pair in ((x, residual), wide))
@@ -83,7 +61,7 @@ def assert_right(x, residual, p, pattern, out):
 def test_forward(dtype, residual, layout):
     for shape in SHAPES:
         x = layout(normal(*shape, dtype=dtype))
-        added = None if residual is None else LAYOUTS["padded"](normal(*shape, dtype=residual, seed=1))
+        added = None if residual is None else padded(normal(*shape, dtype=residual, seed=1))
         summed = dtype if added is None else torch.promote_types(dtype, residual)
         for pattern in ops.PATTERNS:
             assert_right(x, added, 0.4, pattern, run(x, added, 0.4, pattern, summed))
@@ -141,11 +119,7 @@ def test_the_last_block_beyond_2_to_36_elements(pattern, F):
         keep = (token < start) | (token >= start + rng.span_length(p, S))
     else:
         number = index if pattern == "element" else token
-        zero = torch.zeros_like(number)
-        counter = number // 8 & 0xFFFFFFFF, number // 8 >> 32, zero + rng.PURPOSE_HIDDEN_CUT, zero
-        words = torch.stack(rng.philox(counter, (SEED & 0xFFFFFFFF, (SEED >> 32) & 0xFFFFFFFF)))
-        halves = words.gather(0, (number % 8 // 2)[None])[0] >> 16 * (number % 2) & 0xFFFF
-        keep = halves >= rng.threshold(p)
+        keep = keep_at(number, SEED, p, rng.PURPOSE_HIDDEN_CUT)
     factor = rng.rescale(p) if pattern == "element" else 1.0
     assert torch.equal(tail[:count], torch.where(keep, row[element] * factor, 0))
     assert tail[count:].isnan().all()

@@ -7,9 +7,10 @@ import pytest
 import torch
 from cuda_emulation.library import call, load, pointer
 from cuda_emulation.lora_linear import NO_DROPOUT, Dropout, Kernels
+from cuda_emulation.operands import check, dropped, half_of, normal
+from keep_bits import keep_at
 
 from lorasp import rng
-from lorasp.testing import assert_close
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Tails of rows and columns, one and several tiles of both; rows at multiples of 16 bytes (136, 64) and not (137, 5).
@@ -24,26 +25,8 @@ def kernels():
     return Kernels()
 
 
-def normal(*shape, dtype, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator).to(dtype)
-
-
 def factor(R, C, rank_first, dtype):
     return normal(*((R, C) if rank_first else (C, R)), dtype=dtype, seed=1)
-
-
-def dropped(p, dropout):
-    if dropout.p == 0:
-        return p
-    keep = rng.keep_mask(dropout.seed, tuple(p.shape), dropout.p, rng.PURPOSE_LORA_DROPOUT, dropout.member)
-    return torch.where(keep, p, 0)
-
-
-def check(actual, formula, operands, dtype, what=""):
-    """actual against formula(*operands) in fp64; the rule's own error is that of fp32 rounded to actual's dtype."""
-    reference = formula(*(t.float() for t in operands)).to(actual.dtype)
-    assert_close(actual, reference, formula(*(t.double() for t in operands)), dtype, what)
 
 
 @pytest.mark.parametrize("dropout", [NO_DROPOUT, DROPOUT], ids=["plain", "dropout"])
@@ -68,7 +51,7 @@ def test_outer(kernels, M, C, dtype, dropout):
     for number, R in enumerate(RANKS):
         rank_first, out_dtype = number % 2 == 0, dtype if number % 3 else torch.float32
         h = normal(M, R, dtype=dtype, seed=2)
-        mask = torch.rand(R, C).lt(0.5) if rank_first else torch.rand(C, R).lt(0.5)
+        mask = half_of(*((R, C) if rank_first else (C, R)), seed=R)
         out = kernels.outer(p, h, rank_first, mask, out_dtype, dropout)
         assert out.dtype == out_dtype
         assert out[~mask].count_nonzero() == 0
@@ -82,7 +65,7 @@ def test_outer(kernels, M, C, dtype, dropout):
 @pytest.mark.parametrize("R", [1, 8, 16])
 def test_project_outer(kernels, M, N, R, dtype):
     dy, lora_B, xa = (normal(*s, dtype=dtype, seed=i) for i, s in enumerate(((M, N), (N, R), (M, R))))
-    mask = torch.rand(N, R).lt(0.5)
+    mask = half_of(N, R)
     g, dB = kernels.project_outer(dy, lora_B, xa, 0.5, mask, torch.float32)
     check(g, lambda dy, b: 0.5 * dy @ b, (dy, lora_B), dtype, "g")
     check(dB, lambda dy, xa: (dy.t() @ xa) * mask, (dy, xa), dtype, "dB")
@@ -178,7 +161,7 @@ def test_dropped_nan_does_not_leak(kernels, dtype):
 
 
 def test_masked_gradients_are_zero_even_from_nan(kernels):
-    x, g, mask = torch.full((40, 24), torch.nan), torch.ones(40, 3), torch.rand(3, 24).lt(0.5)
+    x, g, mask = torch.full((40, 24), torch.nan), torch.ones(40, 3), half_of(3, 24)
     out = kernels.outer(x, g, True, mask, torch.float32)
     assert out[~mask].count_nonzero() == 0
     assert out[mask].isnan().all()
@@ -199,10 +182,7 @@ def test_the_last_block_beyond_2_to_36_elements(rank_first, C):
     )  # fmt: skip
 
     index = (M - 5 + torch.arange(5))[:, None] * C + torch.arange(C)
-    group = index // 8
-    zero = torch.zeros_like(group)
-    words = torch.stack(rng.philox((group & 0xFFFFFFFF, group >> 32, zero, zero), (seed, torch.tensor(0))))
-    keep = ((words.gather(0, (index % 8 // 2)[None])[0] >> 16 * (index % 2)) & 0xFFFF) >= rng.threshold(p)
+    keep = keep_at(index, seed, p)
     right = q.t() if rank_first else q
     check(xa, lambda x, q: torch.where(keep, x, 0) @ q, (x, right), torch.bfloat16, "project")
     check(out, lambda h, q, out: out + torch.where(keep, h @ q.t(), 0), (h, right, start), torch.bfloat16, "accumulate")

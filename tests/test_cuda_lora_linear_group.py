@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cuda_emulation.backend import require_gpu_build
+from cuda_emulation.operands import normal
 
 import lorasp
 from lorasp import rng, testing
@@ -119,7 +120,8 @@ def test_dropped_nan_does_not_leak(emulated, dtype):
 def test_members_that_train_differently(emulated, p, need_dA):
     """Without dx, only members whose A trains have a g; where only some B train, the others cost no pass."""
     inputs, factors = raw_arguments(Case(70, 96, 40, 4, torch.float32, members=2, granularity="feature"))
-    x_columns, xas = inputs["x"][:, inputs["partial"].columns], [torch.randn(70, R) for R in (4, 5)]
+    x_columns = inputs["x"][:, inputs["partial"].columns]
+    xas = [normal(70, R, dtype=torch.float32, seed=R) for R in (4, 5)]
     arguments = (
         inputs["dys"], None, x_columns, [torch.empty(0, 0)] * 2, *factors, xas, SEED, NOTHING, NOTHING, [1.0, 2.0], p,
         [3, 1], 96, False, need_dA, [not need for need in need_dA], "auto", NOTHING,

@@ -5,8 +5,8 @@ whole operators cannot do."""
 import pytest
 import torch
 from cuda_emulation.lora_linear import NO_DROPOUT, Dropout, Kernels, Place, poisoned
+from cuda_emulation.operands import check, dropped, normal
 
-from lorasp import rng, testing
 from lorasp.reference.lora_linear_group import effective_A, effective_B
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -16,23 +16,6 @@ SEED = torch.tensor(-987654321987)
 @pytest.fixture(scope="module")
 def kernels():
     return Kernels()
-
-
-def normal(*shape, dtype, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def check(actual, formula, operands, dtype, what=""):
-    reference = formula(*(t.float() for t in operands)).to(actual.dtype)
-    testing.assert_close(actual, reference, formula(*(t.double() for t in operands)), dtype, what)
-
-
-def dropped(p, dropout, columns=None, width=None):
-    if dropout.p == 0:
-        return p
-    shape = (p.shape[0], width or p.shape[1])
-    keep = rng.keep_mask(dropout.seed, shape, dropout.p, rng.PURPOSE_LORA_DROPOUT, dropout.member)
-    return torch.where(keep if columns is None else keep[:, columns], p, 0)
 
 
 def selections(size):

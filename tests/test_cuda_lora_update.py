@@ -1,4 +1,7 @@
-"""Backend cuda: lora_update, on the emulator or a GPU. Its passes are those of lora_linear, tested beside this."""
+"""Backend cuda: lora_update, on the emulator; on hardware: test_gpu_lora_update.py.
+
+Its passes are those of lora_linear, tested beside this.
+"""
 
 import pytest
 import torch

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cuda_emulation.backend import require_gpu_build
+from keep_bits import keep_at
 
 import lorasp
 from lorasp import rng, testing
@@ -291,10 +292,7 @@ def test_gpu_beyond_2_to_31_elements(built, K, N):
     )
 
     index = (M - live + torch.arange(live, device="cuda"))[:, None] * K + torch.arange(K, device="cuda")
-    group = index // 8
-    zero = torch.zeros_like(group)
-    words = torch.stack(rng.philox((group & 0xFFFFFFFF, group >> 32, zero, zero), (seed, torch.zeros_like(seed))))
-    keep = ((words.gather(0, (index % 8 // 2)[None])[0] >> 16 * (index % 2)) & 0xFFFF) >= rng.threshold(p)
+    keep = keep_at(index, seed, p)
 
     def formula(dtype):
         X, W, b, a, B_, DY = (t.to(dtype) for t in (tail["x"], weight, bias, A, B, tail["dy"]))

@@ -1,4 +1,4 @@
-"""partial_adamw in CUDA C++: kernels and operator, executed on the CPU by the emulator; on a GPU where there is one."""
+"""partial_adamw in CUDA C++: kernels and operator on the emulator; on hardware: test_gpu_partial_adamw.py."""
 
 import ctypes
 import functools
@@ -6,20 +6,17 @@ from ctypes import c_double, c_int, c_int64, c_void_p
 
 import pytest
 import torch
+from adamw_steps import ACTIVE_SHAPES, PARTIAL, assert_right, opcheck, run
 from cuda_emulation.backend import ORDERS
 from cuda_emulation.library import DTYPES as NUMBER_OF
 from cuda_emulation.library import EmulationError, call, load, pointer
 from many_parameters import assert_many_are_right
 
-from lorasp import testing
 from lorasp.ops import registry
 from lorasp.ops.partial_adamw import step_ops
 
-P, Q = 37, 101
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ACTIVE_SHAPES = {"everything": None, "all or nothing": (1, 1), "rows": (P, 1), "columns": (1, Q), "entries": (P, Q)}
 HYPER = (1e-2, 0.9, 0.999, 1e-8, 0.1)
-NAMES = ("param", "exp_avg", "exp_avg_sq", "steps")
 
 
 class Operand(ctypes.Structure):
@@ -44,53 +41,18 @@ def emulated_step(params, grads, exp_avgs, exp_avg_sqs, steps, actives, *hyper, 
     )  # fmt: skip
 
 
-def run(step, dtype, kind, *, values=None, taken=0, poison=False, shift=0):
-    """param, exp_avg, exp_avg_sq, steps after three steps over changing selections, what rests the same to the bit.
-
-    values: dtype of the numbers; shift: elements behind a multiple of 16 bytes.
-    """
-
-    def placed(tensor):
-        room = torch.zeros(tensor.numel() + shift, dtype=tensor.dtype)
-        return room[shift:].view(tensor.shape).copy_(tensor)
-
-    generator, shape = torch.Generator().manual_seed(1), ACTIVE_SHAPES[kind]
-    normal = lambda: torch.randn(P, Q, generator=generator).to(values or dtype).to(dtype)  # noqa: E731
-    tensors = [placed(tensor) for tensor in (normal(), torch.zeros(P, Q).to(dtype), torch.zeros(P, Q).to(dtype))]
-    steps = placed(torch.randint(taken, taken + 3, shape or (1,), generator=generator, dtype=torch.int32))
-    for _ in range(3):
-        grad = placed(normal())
-        active = None if shape is None else placed(torch.rand(shape, generator=generator) < 0.5)
-        resting = torch.zeros(P, Q, dtype=torch.bool) if shape is None else ~active.expand(P, Q)
-        before = [tensor.clone() for tensor in (*tensors, steps)]
-        if poison:
-            grad.masked_fill_(resting, torch.nan)
-        step(*([tensor] for tensor in (tensors[0], grad, *tensors[1:], steps)), [active], *HYPER)
-        for old, new in zip(before, tensors, strict=False):
-            assert torch.equal(old[resting], new[resting])
-        assert torch.equal(steps, before[3] + (1 if active is None else active))
-    return [*tensors, steps]
-
-
-def assert_right(step, dtype, kind, **options):
-    actual, plain = (run(one, dtype, kind, **options) for one in (step, step_ops["reference"]))
-    exact = run(step_ops["reference"], torch.float64, kind, values=dtype, **options)
-    for what, *tensors in zip(NAMES[:3], actual, plain, exact, strict=False):
-        testing.assert_close(*tensors, dtype, what)
-
-
 @pytest.mark.parametrize("shift", [0, 1], ids=["aligned", "shifted"])
 @pytest.mark.parametrize("taken", [0, 2**20])
 @pytest.mark.parametrize("kind", ACTIVE_SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_step(dtype, kind, taken, shift):
-    assert_right(emulated_step, dtype, kind, taken=taken, shift=shift)
+    assert_right(emulated_step, dtype, kind, HYPER, taken=taken, shift=shift)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in ACTIVE_SHAPES if kind != "everything"])
+@pytest.mark.parametrize("kind", PARTIAL)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nothing_leaks_in_from_where_nothing_is_active(dtype, kind):
-    assert all(tensor.isfinite().all() for tensor in run(emulated_step, dtype, kind, poison=True))
+    assert all(tensor.isfinite().all() for tensor in run(emulated_step, dtype, kind, HYPER, poison=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -148,13 +110,13 @@ def test_planted_faults_are_caught(fault, message):
 
     caught, text = (AssertionError, "error .* exceeds") if message is None else (EmulationError, message)
     with pytest.raises(caught, match=text):
-        assert_right(step, torch.float32, "entries")
+        assert_right(step, torch.float32, "entries", HYPER)
 
 
 @pytest.mark.parametrize("kind", ACTIVE_SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_operator(emulated, dtype, kind):
-    assert_right(step_ops["cuda"], dtype, kind)
+    assert_right(step_ops["cuda"], dtype, kind, HYPER)
 
 
 def test_operator_takes_parameters_of_any_shape_layout_and_dtype(emulated):
@@ -180,11 +142,7 @@ def test_operator_takes_parameters_of_any_shape_layout_and_dtype(emulated):
 
 @pytest.mark.parametrize("kind", ACTIVE_SHAPES)
 def test_opcheck(emulated, kind):
-    shape = ACTIVE_SHAPES[kind]
-    active = None if shape is None else torch.rand(shape) < 0.5
-    tensors = [[torch.rand(P, Q)] for _ in range(4)]
-    steps = torch.zeros(shape or (1,), dtype=torch.int32)
-    torch.library.opcheck(step_ops["cuda"], (*tensors, [steps], [active], *HYPER))
+    opcheck("cuda", kind, HYPER)
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,7 @@ def test_strides_and_expanded_gradients_do_not_matter(pattern):
     assert torch.equal(summed, ones)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.lists(st.integers(0, 9), min_size=2, max_size=4),
     st.sampled_from(PATTERNS),

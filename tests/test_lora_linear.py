@@ -346,7 +346,7 @@ def test_use_backend_is_restored_after_an_error():
     assert registry._forced_backend is None
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     M=st.integers(0, 40),
     K=st.integers(1, 70),

@@ -111,7 +111,7 @@ def test_gradcheck(granularity, p):
     assert gradcheck(function, leaves)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_any_shapes_strides_and_dtypes(data):
     M, K, N, R = (data.draw(st.integers(low, high)) for low, high in ((0, 70), (1, 150), (1, 80), (1, 20)))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from adamw_steps import ACTIVE_SHAPES, PARTIAL, assert_right, opcheck, run
 from partial_oracle import BETAS, EPS, WEIGHT_DECAY
 from torch import nn
 
@@ -9,31 +10,11 @@ from lorasp import testing
 from lorasp.ops import registry
 from lorasp.ops.partial_adamw import step_ops
 
-P, Q = 37, 101
 BACKENDS = [name for name in ("reference", "cpp", "triton") if registry.unsupported(name, "cpu", torch.float32) is None]
-ACTIVE_SHAPES = {"everything": None, "all or nothing": (1, 1), "rows": (P, 1), "columns": (1, Q), "entries": (P, Q)}
 HYPER = (1e-2, *BETAS, EPS, WEIGHT_DECAY)
 
 
 class TestRawOp:
-    def run(self, backend, dtype, shape, *, values=None, taken=0, poison=False) -> list[torch.Tensor]:
-        """param, exp_avg, exp_avg_sq, step after three steps over changing selections; values: dtype of the numbers."""
-        torch.manual_seed(1)
-        param = torch.randn(P, Q).to(values or dtype).to(dtype)
-        moments = [torch.zeros_like(param), torch.zeros_like(param)]
-        steps = torch.randint(taken, taken + 3, shape or (1,), dtype=torch.int32)
-        for _ in range(3):
-            grad = torch.randn(P, Q).to(values or dtype).to(dtype)
-            active = None if shape is None else torch.rand(shape) < 0.5
-            resting = torch.zeros(P, Q, dtype=torch.bool) if shape is None else ~active.expand(P, Q)
-            before = [tensor.clone() for tensor in (param, *moments)]
-            if poison:
-                grad.masked_fill_(resting, torch.nan)
-            step_ops[backend]([param], [grad], *([moment] for moment in moments), [steps], [active], *HYPER)
-            for old, new in zip(before, (param, *moments), strict=True):
-                assert torch.equal(old[resting], new[resting])
-        return [param, *moments, steps]
-
     @pytest.mark.parametrize("taken", [0, 2**20])
     @pytest.mark.parametrize("kind", ACTIVE_SHAPES)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -41,20 +22,15 @@ class TestRawOp:
     def test_every_backend_computes_the_reference(self, backend, dtype, kind, taken):
         if reason := registry.unsupported(backend, "cpu", dtype):
             pytest.skip(reason)
-        shape = ACTIVE_SHAPES[kind]
-        actual, reference = (self.run(name, dtype, shape, taken=taken) for name in (backend, "reference"))
-        reference64 = self.run("reference", torch.float64, shape, values=dtype, taken=taken)
-        for what, *tensors in zip(("param", "exp_avg", "exp_avg_sq"), actual, reference, reference64, strict=False):
-            testing.assert_close(*tensors, dtype, what)
-        assert torch.equal(actual[3], reference[3])
+        assert_right(step_ops[backend], dtype, kind, HYPER, taken=taken)
 
-    @pytest.mark.parametrize("kind", [kind for kind in ACTIVE_SHAPES if kind != "everything"])
+    @pytest.mark.parametrize("kind", PARTIAL)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_nothing_leaks_in_from_where_nothing_is_active(self, backend, dtype, kind):
         if reason := registry.unsupported(backend, "cpu", dtype):
             pytest.skip(reason)
-        tensors = self.run(backend, dtype, ACTIVE_SHAPES[kind], poison=True)
+        tensors = run(step_ops[backend], dtype, kind, HYPER, poison=True)
         assert all(tensor.isfinite().all() for tensor in tensors)
         assert tensors[3].unique().numel() > 1 or kind == "all or nothing"
 
@@ -65,13 +41,7 @@ class TestRawOp:
     @pytest.mark.parametrize("kind", ACTIVE_SHAPES)
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_opcheck(self, backend, kind):
-        shape = ACTIVE_SHAPES[kind]
-        steps, active = (
-            torch.zeros(shape or (1,), dtype=torch.int32),
-            None if shape is None else torch.rand(shape) < 0.5,
-        )
-        tensors = [[torch.rand(P, Q)] for _ in range(4)]
-        torch.library.opcheck(step_ops[backend], (*tensors, [steps], [active], *HYPER))
+        opcheck(backend, kind, HYPER)
 
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_many_parameters_of_any_shape_and_layout(self, backend):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from keep_bits import keep_at
 
 from lorasp import rng
 
@@ -52,6 +53,10 @@ def test_keep_mask_matches_scalar_definition(seed, purpose, member):
     mask = rng.keep_mask(seed, (5, 13), 0.3, purpose, member)
     expected = [scalar_keep(seed & (2**64 - 1), index, 0.3, purpose, member) for index in range(65)]
     assert mask.reshape(-1).tolist() == expected
+    far = torch.arange(2**45 - 9, 2**45 + 11)
+    expected = [scalar_keep(seed & (2**64 - 1), index, 0.3, purpose, member) for index in far.tolist()]
+    assert keep_at(far, seed, 0.3, purpose, member).tolist() == expected
+    assert torch.equal(keep_at(torch.arange(65).view(5, 13), torch.tensor(seed), 0.3, purpose, member), mask)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -91,16 +92,21 @@ class TestSurroundings:
     @pytest.mark.parametrize(
         "context", [torch.no_grad, torch.inference_mode, torch.autocast, use_backend], ids=lambda c: c.__name__
     )
-    def test_a_context_entered_in_between(self, context):
+    def test_a_context_entered_in_between(self, calls, context):
         arguments = {torch.autocast: ("cpu", torch.bfloat16), use_backend: ("reference",)}.get(context, ())
-        block, apart, x = Block(), Block(grouped=False), make_x()
+        block, apart, exact, x = Block(), Block(grouped=False), Block(grouped=False).double(), make_x()
         block[Q](x)
+        calls.clear()
         with context(*arguments):
-            inside, expected = block[K_](x), apart[K_](x)
+            inside = block[K_](x)
+            assert calls == [[-1] if context is torch.inference_mode else [Q, K_, V]]
+            expected = apart[K_](x)
+        testing.assert_close(inside, expected, exact[K_](x.double()), expected.dtype)
         assert inside.requires_grad == expected.requires_grad
         assert inside.is_inference() == expected.is_inference()
         assert inside.dtype == expected.dtype
         after = block[V](x)
+        testing.assert_close(after, apart[V](x), exact[V](x.double()), torch.float32)
         assert after.requires_grad
         assert not after.is_inference()
         assert after.dtype == torch.float32
@@ -231,20 +237,22 @@ def test_threads():
     """Every thread has its own rounds, on one x as well."""
     block, x = Block(), make_x()
     expected = [y.detach() for y in Block(grouped=False)(x).values()]
-    wrong = []
+    orders = list(itertools.permutations(range(3)))
+    all_here = threading.Barrier(len(orders))
 
-    def work(order):
+    def work(order) -> int:
+        all_here.wait()
+        compared = 0
         for _ in range(20):
-            for index, y in block(x, order).items():
-                if not torch.allclose(y, expected[index]):
-                    wrong.append(index)
+            ys = block(x, order)
+            for index, y in ys.items():
+                testing.assert_close(y, expected[index], expected[index].double(), torch.float32)
+                compared += 1
+            torch.autograd.grad(sum(y.sum() for y in ys.values()), x)  # raises if another thread's graph is in it
+        return compared
 
-    threads = [threading.Thread(target=work, args=(order,)) for order in itertools.permutations(range(3))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    with ThreadPoolExecutor(len(orders)) as threads:
+        assert list(threads.map(work, orders)) == [20 * 3] * len(orders)
 
 
 @pytest.mark.parametrize("partial", [None, PartialConfig()], ids=["plain", "LoRA-SP"])

@@ -1,4 +1,4 @@
-"""consistency on Triton: interpreted everywhere, on hardware where there is a GPU."""
+"""consistency on Triton: interpreted; on hardware: test_gpu_consistency.py."""
 
 import pytest
 import torch
@@ -7,8 +7,6 @@ from interpreter import run_interpreted
 pytest.importorskip("triton", reason="triton is not installed")
 
 from lorasp.triton_kernels import consistency as kernels
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def test_interpreted():

@@ -2,7 +2,6 @@
 
 import itertools
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +16,6 @@ from lorasp.testing.dropkey_attention import Case, check_case, make_inputs
 from lorasp.triton_kernels import dropkey_attention as kernels
 from lorasp.triton_kernels import tuning
 from lorasp.triton_kernels.dropkey_attention_tiles import attention_config
-
-TESTS = Path(__file__).parent
 
 
 def test_interpreted():

@@ -1,4 +1,4 @@
-"""hidden_cut on Triton: interpreted everywhere, on hardware where there is a GPU."""
+"""hidden_cut on Triton: interpreted; on hardware: test_gpu_hidden_cut.py."""
 
 import pytest
 import torch
@@ -7,8 +7,6 @@ from interpreter import run_interpreted
 pytest.importorskip("triton", reason="triton is not installed")
 
 from lorasp.triton_kernels import hidden_cut as kernels
-
-PATTERNS = ("element", "column", "span")
 
 
 def test_interpreted():

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from interpreter import run_interpreted
+from keep_bits import keep_at
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -240,10 +241,7 @@ def test_gpu_beyond_2_to_31_elements(plan, K, N):
     )
 
     index = (M - live + torch.arange(live, device="cuda"))[:, None] * K + torch.arange(K, device="cuda")
-    group = index // 8
-    zero = torch.zeros_like(group)
-    words = torch.stack(rng.philox((group & 0xFFFFFFFF, group >> 32, zero, zero), (seed, torch.zeros_like(seed))))
-    keep = ((words.gather(0, (index % 8 // 2)[None])[0] >> 16 * (index % 2)) & 0xFFFF) >= rng.threshold(p)
+    keep = keep_at(index, seed, p)
 
     def formula(dtype):
         X, W, bias, A, B, DY = (t.to(dtype) for t in (tail["x"], *weights, tail["dy"]))

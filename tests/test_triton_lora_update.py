@@ -1,4 +1,4 @@
-"""lora_update on Triton: interpreted everywhere, on hardware where there is a GPU."""
+"""lora_update on Triton: interpreted; on hardware: test_gpu_lora_update.py."""
 
 import pytest
 from interpreter import run_interpreted

@@ -1,4 +1,4 @@
-"""partial_adamw on Triton: the raw op's tests interpreted, and on hardware where there is a GPU."""
+"""partial_adamw on Triton: the raw op's tests interpreted; on hardware: test_gpu_partial_adamw.py."""
 
 import pytest
 import torch
@@ -9,7 +9,6 @@ from interpreter import run_interpreted
 
 from lorasp.triton_kernels import partial_adamw as kernels
 
-P, Q = 1000, 4099
 HYPER = (1e-2, 0.9, 0.999, 1e-8, 0.1)
 
 

@@ -355,7 +355,6 @@ class TestCompile:
         model, x = adapted(), make_x().detach()
         accelerate(model)
         layer = model.base_model.model.plain
-        torch._dynamo.reset()  # its limit of recompilations counts those of other tests
         compiled = torch.compile(layer, fullgraph=True, backend="eager")
         model.add_adapter("second", LoraConfig(r=2, target_modules=list(LAYERS), init_lora_weights=False))
         for change in (
