@@ -135,9 +135,11 @@ def test_members_that_train_differently(emulated, p, need_dA):
         testing.assert_close(have, want, exact, torch.float32)
 
 
+@pytest.mark.parametrize("masters", [False, True])
 @pytest.mark.parametrize("granularity", [None, "feature"])
-def test_opcheck(emulated, granularity):
-    inputs = make_inputs(Case(6, 16, 12, 4, members=2, granularity=granularity))
+def test_opcheck(emulated, granularity, masters):
+    dtype = torch.bfloat16 if masters else torch.float32
+    inputs = make_inputs(Case(6, 16, 12, 4, dtype, members=2, granularity=granularity, masters=masters))
     partial = inputs["partial"] or lorasp.functional.Partial(None, NOTHING, NOTHING, NOTHING)
     factors = (inputs["lora_As"], inputs["lora_Bs"], partial.frozen_As, partial.frozen_Bs or NOTHING, partial.columns,
                partial.rows, NOTHING, NOTHING)  # fmt: skip

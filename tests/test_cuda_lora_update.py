@@ -53,14 +53,16 @@ def test_strided_tensors_are_updated_where_they_lie(emulated, transposed):
         assert gaps.isnan().all()
 
 
+@pytest.mark.parametrize("masters", [False, True])
 @pytest.mark.parametrize("p", [0.0, 0.25])
-def test_opcheck(emulated, p):
-    i = make_inputs(Case(6, 16, 12, 4))
+def test_opcheck(emulated, p, masters):
+    dtype = torch.bfloat16 if masters else torch.float32
+    i = make_inputs(Case(6, 16, 12, 4, dtype, masters=masters))
     factors, seed = (i["lora_A"], i["lora_B"]), torch.tensor(3)
     torch.library.opcheck(ops.forward_ops["cuda"], (i["y"], i["x"], *factors, seed, 0.5, p, 0))
     xa = ops.forward_ops["cuda"](i["y"], i["x"], *factors, seed, 0.5, p, 0)
-    for dx in (torch.ones(6, 16), None):
-        arguments = (dx, i["dy"], i["x"], *factors, xa, seed, 0.5, p, 0, True, True)
+    for dx, need_dA in ((torch.ones(6, 16, dtype=dtype), not masters), (None, True)):
+        arguments = (dx, i["dy"], i["x"], *factors, xa, seed, 0.5, p, 0, need_dA, True)
         torch.library.opcheck(ops.backward_ops["cuda"], arguments)
 
 

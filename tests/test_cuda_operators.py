@@ -120,16 +120,19 @@ def test_autocast_and_grad_mode_stay_outside(emulated):
     assert (y - exact).abs().max() < 1e-3 * torch.finfo(torch.bfloat16).eps * exact.abs().max()
 
 
+@pytest.mark.parametrize("masters", [False, True])
 @pytest.mark.parametrize("p", [0.0, 0.25])
-def test_opcheck(emulated, p):
-    i = make_inputs(6, 16, 12, 4, torch.float32)
+def test_opcheck(emulated, p, masters):
+    """Masters: also that a frozen factor's empty gradient has dy's dtype."""
+    i = make_inputs(6, 16, 12, 4, torch.bfloat16 if masters else torch.float32, masters=masters)
     seed = torch.tensor(3) if p else None
     forward = (*(i[name] for name in ("x", "weight", "bias", "lora_A", "lora_B")), seed, 0.5, p, 0, "auto", None)
     torch.library.opcheck(ops.forward_ops["cuda"], forward)
     _, xa = ops.forward_ops["cuda"](*forward)
-    backward = (i["dy"], i["x"], i["weight"], i["lora_A"], i["lora_B"], xa, seed, None, None, 0.5, p, 0, True, True,
-                True, "auto", None)  # fmt: skip
-    torch.library.opcheck(ops.backward_ops["cuda"], backward)
+    for need_dA, need_dB in ((True, True), (False, True), (True, False)) if masters else ((True, True),):
+        backward = (i["dy"], i["x"], i["weight"], i["lora_A"], i["lora_B"], xa, seed, None, None, 0.5, p, 0, True,
+                    need_dA, need_dB, "auto", None)  # fmt: skip
+        torch.library.opcheck(ops.backward_ops["cuda"], backward)
 
 
 @pytest.mark.parametrize("rows", [0, 3])

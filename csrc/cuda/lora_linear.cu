@@ -74,8 +74,8 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward_cuda(
   const NoGrad no_grad;
   Adapter adapter{N, R, drop.scale(scale), member, lora_A, lora_B};
   const OptionalTensor kept_A = contiguous(mask_A), kept_B = contiguous(mask_B);
-  Tensor dlora_A = gradient_like(lora_A, need_dA, M == 0, kept_A, adapter.dA);
-  Tensor dlora_B = gradient_like(lora_B, need_dB, M == 0, kept_B, adapter.dB);
+  Tensor dlora_A = gradient_like(lora_A, dy_, need_dA, M == 0, kept_A, adapter.dA);
+  Tensor dlora_B = gradient_like(lora_B, dy_, need_dB, M == 0, kept_B, adapter.dB);
   Tensor dx = need_dx ? empty(dy_, {M, K}, dtype) : empty(dy_, {0}, dtype);
   if (M == 0) return {dx, dlora_A, dlora_B};
 

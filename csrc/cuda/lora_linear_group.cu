@@ -270,9 +270,9 @@ std::tuple<Tensor, Tensors, Tensors> lora_linear_group_backward_cuda(
     if (mask_Bs[i]) check_member("mask_Bs", i, *mask_Bs[i], {m.N, m.R}, ScalarType::Bool);
     if (need_dB[i]) check_member("xas", i, *xas[i], {M, m.R}, dtype), m.xa = contiguous(xas[i]);
     kept.push_back(contiguous(mask_As[i]));
-    dlora_As.push_back(gradient_like(lora_As[i], need_dA[i], M == 0 || no_columns, kept.back(), m.dA));
+    dlora_As.push_back(gradient_like(lora_As[i], dys_[i], need_dA[i], M == 0 || no_columns, kept.back(), m.dA));
     kept.push_back(contiguous(mask_Bs[i]));
-    dlora_Bs.push_back(gradient_like(lora_Bs[i], need_dB[i], M == 0, kept.back(), m.dB));
+    dlora_Bs.push_back(gradient_like(lora_Bs[i], dys_[i], need_dB[i], M == 0, kept.back(), m.dB));
     dys.push_back(unit_columns(dys_[i]));
     spreads = spreads || (need_dA[i] && factors.spreads_A(i));
   }

@@ -179,9 +179,10 @@ void backward_passes(const Device& device, const std::vector<Tensor>& dys, const
   if (dx) accumulate<T>(device, expansions, true, drop.dropout, nullptr, add, matrix<T>(*dx));
 }
 
-// A gradient as contiguous tensor like t, (0,) where it is not needed, and where it stands. mask: contiguous.
-inline Tensor gradient_like(const Tensor& t, bool needed, bool zero, const OptionalTensor& mask, Gradient& gradient) {
-  if (!needed) return empty(t, {0}, t.scalar_type());
+// A gradient as contiguous tensor like t, (0,) like dy where it is not needed, and where it stands. mask: contiguous.
+inline Tensor gradient_like(const Tensor& t, const Tensor& dy, bool needed, bool zero, const OptionalTensor& mask,
+                            Gradient& gradient) {
+  if (!needed) return empty(dy, {0}, dy.scalar_type());
   std::vector<int64_t> sizes;
   for (int64_t i = 0; i < t.dim(); ++i) sizes.push_back(t.size(i));
   if (zero) return torch::stable::new_zeros(t, sizes, t.scalar_type());
