@@ -74,6 +74,7 @@ def test_opcheck(emulated, p, masters):
         ({"y": torch.zeros(3, 4).half()}, "y must have dtype Float, got Half"),
         ({"lora_A": torch.ones(2)}, "x, lora_A and lora_B must be 2-d, got 2, 1 and 2"),
         ({"dropout_p": 0.5}, "seed must be a 0-d int64 tensor when dropout_p > 0, got None"),
+        ({"lora_A": torch.ones(0, 5), "lora_B": torch.ones(4, 0)}, r".* >= 1, got \(0, 5\) and \(4, 0\)"),
     ],
 )
 def test_the_raw_op_refuses_what_does_not_fit(emulated, changes, message):

@@ -131,9 +131,13 @@ class Factors {
     };
     const Tensor& lora_A = a_.lora_As[i];
     const Tensor& whole_A = partial_A(i) ? *a_.frozen_As[i] : lora_A;
-    STD_TORCH_CHECK(whole_A.dim() == 2 && whole_A.size(0) > 0, kGroupOp, ": ", partial_A(i) ? "frozen_As" : "lora_As",
-                    "[", i, "] must be (R, ", K_, ") with R >= 1");
+    const char* whole_name = partial_A(i) ? "frozen_As" : "lora_As";
+    STD_TORCH_CHECK(whole_A.dim() == 2, kGroupOp, ": ", whole_name, "[", i, "] must be (R, K), got ", whole_A.dim(),
+                    " dimensions");
     const int64_t R = whole_A.size(0);
+    STD_TORCH_CHECK(R > 0 && K_ > 0 && N > 0, kGroupOp, ": ", whole_name, "[", i,
+                    "] must be (R, K) with R, K, N >= 1, got (", R, ", ", whole_A.size(1), "), K = ", K_,
+                    " and N = ", N);
     adapters.push_back({N, R, 1.0f, 0, lora_A, a_.lora_Bs[i]});
     rows.push_back(index("rows", a_.rows[i]));
     entries_A.push_back(index("entries_A", a_.entries_A[i]));

@@ -13,6 +13,9 @@ inline void check_matrices(const char* op, const char* name, const Tensor& rows,
                            const Tensor& lora_B) {
   STD_TORCH_CHECK(rows.dim() == 2 && lora_A.dim() == 2 && lora_B.dim() == 2, op, ": ", name,
                   ", lora_A and lora_B must be 2-d, got ", rows.dim(), ", ", lora_A.dim(), " and ", lora_B.dim());
+  STD_TORCH_CHECK(lora_A.size(0) > 0 && lora_A.size(1) > 0 && lora_B.size(0) > 0, op,
+                  ": lora_A must be (R, K) and lora_B (N, R) with R, K, N >= 1, got (", lora_A.size(0), ", ",
+                  lora_A.size(1), ") and (", lora_B.size(0), ", ", lora_B.size(1), ")");
 }
 
 // The dropout of a call, whose members draw from one seed.
