@@ -4,9 +4,9 @@
 //     g_i  = s_i dy_i B_i               dx  = sum_i (D_i o (g_i A_i) + dy_i W_i)
 //     dB_i = dy_i^T xa_i                dA_i = g_i^T (D_i o x)
 // One pass over x forms every xa_i and x[:, J], one over x or x[:, J] every dA_i, and one kernel writes all that the
-// adapters give to dx. Factors that train in part are put together at rank-R size. dy_i is read whole: its frozen
-// single features share their sectors with trained ones. Indices are never read on the host; they ascend, as
-// lorasp.functional.Partial says.
+// adapters give to dx; under dropout, where each has a mask of its own, for kMembers of them at a time. Factors that
+// train in part are put together at rank-R size. dy_i is read whole: its frozen single features share their sectors
+// with trained ones. Indices are never read on the host; they ascend, as lorasp.functional.Partial says.
 #include <string>
 
 #include "lora_linear_passes.h"
