@@ -85,7 +85,6 @@ const char* emulated_consistency_end(int64_t T_, int64_t V, const bf16* a, const
                                 stats - before * kStats,
                                 nullptr,
                                 true});
-    emulation::last_block_only() = false;
   });
 }
 

@@ -11,6 +11,10 @@ inline void provide(const void* data, int64_t bytes, bool writable) {
 inline const char* emulated(const std::function<void()>& call) {
   static std::string message;
   emulation::GlobalMemory::instance().forget();
+  // Of all libraries in the process: the loader gives them one copy of an inline function's statics.
+  const struct WholeGridsAgain {
+    ~WholeGridsAgain() { emulation::last_block_only() = false; }
+  } whole_grids_again;
   try {
     call();
     return nullptr;
