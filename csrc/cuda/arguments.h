@@ -61,6 +61,12 @@ inline void check_tensor(const char* op, const char* name, const Tensor& t, std:
                   torch::headeronly::toString(t.scalar_type()));
 }
 
+inline std::vector<int64_t> sizes_of(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
+
+inline OptionalTensor contiguous(const OptionalTensor& t) {
+  return t ? OptionalTensor(torch::stable::contiguous(*t)) : std::nullopt;
+}
+
 inline Tensor unit_columns(const Tensor& t) {
   return t.size(1) == 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
 }

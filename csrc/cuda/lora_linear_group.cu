@@ -38,12 +38,6 @@ void check_member(const char* name, size_t i, const Tensor& t, std::initializer_
   check_tensor(kGroupOp, (std::string(name) + "[" + std::to_string(i) + "]").c_str(), t, sizes, dtype, fp32_too);
 }
 
-void check_plan(const std::string& plan, const OptionalTensors& packed) {
-  STD_TORCH_CHECK(plan == "auto" || plan == "addmm", kGroupOp, ": plan must be auto or addmm for backend cuda, got ",
-                  plan);
-  for (const OptionalTensor& p : packed) STD_TORCH_CHECK(!p, kGroupOp, ": packed must be None for backend cuda");
-}
-
 Tensor checked_index(const std::string& name, const Tensor& index) {
   check_tensor(kGroupOp, name.c_str(), index, {index.dim() == 1 ? index.size(0) : -1}, ScalarType::Long);
   return torch::stable::contiguous(index);
@@ -194,7 +188,7 @@ std::tuple<Tensors, Tensors, Tensor> lora_linear_group_forward_cuda(
     check_member("weights", i, weights[i], {outputs[i], K}, dtype);
     if (biases[i]) check_member("biases", i, *biases[i], {outputs[i]}, dtype);
   }
-  check_plan(plan, packed);
+  check_plan(kGroupOp, plan, packed);
   STD_TORCH_CHECK(!keep_columns || columns, kGroupOp, ": columns must be given when keep_columns, got None");
   const DropoutOfCall drop(kGroupOp, dropout_p, seed);
 
@@ -247,7 +241,7 @@ std::tuple<Tensor, Tensors, Tensors> lora_linear_group_backward_cuda(
     if (need_dx) check_member("weights", i, weights[i], {outputs[i], K}, dtype);
     any_dA = any_dA || need_dA[i];
   }
-  check_plan(plan, packed);
+  check_plan(kGroupOp, plan, packed);
   const OptionalTensor& source = columns ? x_columns : x;
   const char* source_name = columns ? "x_columns" : "x";
   STD_TORCH_CHECK(!any_dA || source, kGroupOp, ": ", source_name, " must be given when need_dA, got None");

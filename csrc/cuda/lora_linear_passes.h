@@ -18,6 +18,12 @@ inline void check_matrices(const char* op, const char* name, const Tensor& rows,
                   lora_A.size(1), ") and (", lora_B.size(0), ", ", lora_B.size(1), ")");
 }
 
+// This backend has one plan, and no layout for packed weights.
+inline void check_plan(const char* op, const std::string& plan, const std::vector<OptionalTensor>& packed) {
+  STD_TORCH_CHECK(plan == "auto" || plan == "addmm", op, ": plan must be auto or addmm for backend cuda, got ", plan);
+  for (const OptionalTensor& p : packed) STD_TORCH_CHECK(!p, op, ": packed must be None for backend cuda");
+}
+
 // The dropout of a call, whose members draw from one seed.
 struct DropoutOfCall {
   Dropout dropout;
@@ -186,10 +192,8 @@ void backward_passes(const Device& device, const std::vector<Tensor>& dys, const
 inline Tensor gradient_like(const Tensor& t, const Tensor& dy, bool needed, bool zero, const OptionalTensor& mask,
                             Gradient& gradient) {
   if (!needed) return empty(dy, {0}, dy.scalar_type());
-  std::vector<int64_t> sizes;
-  for (int64_t i = 0; i < t.dim(); ++i) sizes.push_back(t.size(i));
-  if (zero) return torch::stable::new_zeros(t, sizes, t.scalar_type());
-  const Tensor out = empty(t, sizes, t.scalar_type());
+  if (zero) return torch::stable::new_zeros(t, sizes_of(t), t.scalar_type());
+  const Tensor out = empty(t, sizes_of(t), t.scalar_type());
   gradient.out = out.data_ptr(), gradient.fp32 = t.scalar_type() == ScalarType::Float;
   gradient.mask = data<const uint8_t>(mask);
   return out;
@@ -200,10 +204,6 @@ inline void select_entries(Gradient& gradient, const OptionalTensor& entries) {
   if (!entries) return;
   gradient.entries = data<const int64_t>(entries), gradient.entry_count = entries->size(0);
   if (gradient.entry_count == 0) gradient.out = nullptr;
-}
-
-inline OptionalTensor contiguous(const OptionalTensor& t) {
-  return t ? OptionalTensor(torch::stable::contiguous(*t)) : std::nullopt;
 }
 
 }  // namespace lorasp::cuda
