@@ -70,7 +70,7 @@ class Factors {
       OptionalTensor stack;
       int64_t total = 0, before = 0;
       for (const Adapter& m : adapters) total += m.R;
-      if (stacked && adapters.size() > 1) stack = empty(a_.lora_As[0], {total, K_}, compute_);
+      if (need_A && stacked && adapters.size() > 1) stack = empty(a_.lora_As[0], {total, K_}, compute_);
       for (size_t i = 0; i < adapters.size() && need_A; ++i) {
         Adapter& m = adapters[i];
         const Trains trains = entries_A[i] ? Trains::kEntries : partial_A(i) ? Trains::kColumns : Trains::kWhole;
