@@ -7,8 +7,6 @@
 
 namespace lorasp::cuda {
 
-constexpr uint32_t kPurposeLoRADropout = 0;
-
 inline void check_matrices(const char* op, const char* name, const Tensor& rows, const Tensor& lora_A,
                            const Tensor& lora_B) {
   STD_TORCH_CHECK(rows.dim() == 2 && lora_A.dim() == 2 && lora_B.dim() == 2, op, ": ", name,
@@ -30,7 +28,7 @@ struct DropoutOfCall {
   double rescale = 1.0;
 
   DropoutOfCall(const char* op, double dropout_p, const OptionalTensor& seed) {
-    const uint32_t t = drop_threshold(op, dropout_p);
+    const uint32_t t = checked_threshold(op, dropout_p);
     if (t == 0) return;
     STD_TORCH_CHECK(seed.has_value(), op, ": seed must be a 0-d int64 tensor when dropout_p > 0, got None");
     check_tensor(op, "seed", *seed, {}, ScalarType::Long);

@@ -1,7 +1,5 @@
 #include "arguments.h"
 
-#include <cmath>
-
 namespace lorasp {
 
 Tensor rounded(const Tensor& t, at::ScalarType dtype) {
@@ -9,13 +7,13 @@ Tensor rounded(const Tensor& t, at::ScalarType dtype) {
 }
 
 Dropout::Dropout(const char* op, double dropout_p, const OptionalTensor& seed, int64_t member) {
-  constexpr uint32_t kPurpose = 0;
-  const auto t = dropout_p >= 0.0 && dropout_p < 1.0 ? static_cast<uint32_t>(std::nearbyint(dropout_p * 65536)) : 65536;
+  const uint32_t t = drop_threshold(dropout_p);
   TORCH_CHECK_VALUE(t < 65536, op, ": dropout_p must be in [0, 1), got ", dropout_p);
   if (t == 0) return;
   TORCH_CHECK_VALUE(seed.has_value(), op, ": seed must be a 0-d int64 tensor when dropout_p > 0, got None");
   check_tensor(op, "seed", *seed, {}, at::kLong);
-  mask = KeepMask{static_cast<uint64_t>(*seed->const_data_ptr<int64_t>()), kPurpose, static_cast<uint32_t>(member), t};
+  mask = KeepMask{static_cast<uint64_t>(*seed->const_data_ptr<int64_t>()), kPurposeLoRADropout,
+                  static_cast<uint32_t>(member), t};
   rescale = 65536.0 / (65536.0 - t);
 }
 
