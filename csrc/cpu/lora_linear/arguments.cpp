@@ -1,9 +1,25 @@
 #include "arguments.h"
 
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
 namespace lorasp {
 
 Tensor rounded(const Tensor& t, at::ScalarType dtype) {
   return t.scalar_type() == dtype ? t.contiguous() : t.to(dtype, false, false, at::MemoryFormat::Contiguous);
+}
+
+Tensor gradient_like(const Tensor& t, const Tensor& dy, bool needed) {
+  if (!needed) return at::empty({0}, dy.options());
+  return dy.size(0) == 0 ? at::zeros(t.sizes(), t.options()) : at::empty(t.sizes(), t.options());
+}
+
+Gradient whole_gradient(const Tensor& out, bool needed, const Tensor& mask) {
+  Gradient g;
+  if (!needed) return g;
+  g.data = out.mutable_data_ptr(), g.fp32 = out.scalar_type() == at::kFloat;
+  g.mask = mask.defined() ? mask.const_data_ptr<bool>() : nullptr;
+  return g;
 }
 
 Dropout::Dropout(const char* op, double dropout_p, const OptionalTensor& seed, int64_t member) {
