@@ -4,9 +4,10 @@ VENV ?= .venv
 OUT ?= benchmarks/results
 GPU_JOBS ?= 6
 TESTS ?= tests
+# Of this version pip takes the build that its index has: PyPI's for Linux comes with several GB of CUDA packages. Where
+# an index has the CPU build too, TORCH=torch==2.13.0+cpu asks for that one.
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
-# The CPU build of torch on Linux; an unpinned torch pulls several GB of CUDA packages.
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml
 
 .PHONY: demo test bench gpu gpu-build gpu-test gpu-bench gpu-attention gpu-models gpu-tune gpu-tune-tiles gpu-sanitize gpu-rehearsal lint format info clean
@@ -85,12 +86,12 @@ $(VENV)/.linters: pyproject.toml | $(BIN)/python
 lint: $(VENV)/.linters
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp' 'tests/*.cu' | xargs $(BIN)/clang-format --dry-run --Werror
 
 format: $(VENV)/.linters
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp' | xargs $(BIN)/clang-format -i
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp' 'tests/*.cu' | xargs $(BIN)/clang-format -i
 
 clean:
 	rm -rf $(VENV) build *.egg-info lorasp/_C*.so

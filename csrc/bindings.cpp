@@ -36,9 +36,6 @@ py::dict build_info() {
 #else
   info["openmp"] = false;
 #endif
-#if defined(LORASP_CXX_FLAGS)
-  info["flags"] = LORASP_CXX_FLAGS;
-#endif
   info["isas"] = lorasp::compiled_isas();
 #if defined(LORASP_CUDA)
   info["cuda"] = true;

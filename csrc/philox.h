@@ -3,6 +3,7 @@
 //   philox(counter = (lo32(i / 8), hi32(i / 8), purpose, member), key = (lo32(seed), hi32(seed)))
 // and is kept iff half >= threshold: one counter makes one byte of a little-endian bitmap.
 #pragma once
+#include <cmath>
 #include <cstdint>
 
 #if defined(__CUDACC__)
@@ -17,12 +18,27 @@ constexpr int kPhiloxRounds = 7;
 constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
 
+// As in lorasp/rng.py.
+constexpr uint32_t kPurposeLoRADropout = 0, kPurposeDropKey = 1, kPurposeHiddenCut = 2;
+
 struct KeepMask {
   uint64_t seed;
   uint32_t purpose;
   uint32_t member;
-  uint32_t threshold;  // round(p * 65536); 0 keeps everything
+  uint32_t threshold;  // 0 keeps everything
 };
+
+// round(65536 p); also 65536, which is no threshold, where p is not in [0, 1).
+inline uint32_t drop_threshold(double p) {
+  return p >= 0.0 && p < 1.0 ? static_cast<uint32_t>(std::nearbyint(p * 65536)) : 65536;
+}
+
+// Length of the dropped run of `size` positions, p in [0, 1).
+inline int64_t span_length(double p, int64_t size) {
+  const int64_t share = static_cast<int64_t>(p * static_cast<double>(size));
+  const int64_t length = share > 1 ? share : 1, most = size > 1 ? size - 1 : 0;
+  return p == 0.0 ? 0 : length < most ? length : most;
+}
 
 struct PhiloxWords {
   uint32_t word[4];

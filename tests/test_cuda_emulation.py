@@ -78,6 +78,30 @@ def test_what_hardware_leaves_undefined_is_an_error(probes, name, message):
 
 
 @pytest.mark.parametrize(
+    ("grid", "threads", "shared_bytes"),
+    [
+        ((2**31, 1, 1), 32, 0),
+        ((1, 65536, 1), 32, 0),
+        ((1, 1, 65536), 32, 0),
+        ((-1, 1, 1), 32, 0),
+        ((1, 1, 1), 1056, 0),
+        ((1, 1, 1), 32, 101377),
+    ],
+)
+def test_what_no_device_launches_is_an_error(probes, grid, threads, shared_bytes):
+    arguments = *map(ctypes.c_int64, grid), ctypes.c_int(threads), ctypes.c_int(shared_bytes)
+    numbers_of_it = ", ".join(map(str, grid))
+    message = rf"^no device launches \({numbers_of_it}\) blocks of {threads} threads and {shared_bytes} bytes$"
+    with pytest.raises(EmulationError, match=message):
+        call(probes.probe_launch, *arguments)
+
+
+def test_the_largest_launch_is_none(probes):
+    grid = map(ctypes.c_int64, (2**31 - 1, 65535, 65535))
+    call(probes.probe_launch, *grid, ctypes.c_int(1024), ctypes.c_int(101376))
+
+
+@pytest.mark.parametrize(
     ("name", "position", "message"),
     [
         ("global_out_of_bounds", 0, "reads global memory out of bounds"),

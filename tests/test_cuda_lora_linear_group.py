@@ -138,9 +138,11 @@ def test_members_that_train_differently(emulated, p, need_dA):
         testing.assert_close(have, want, exact, torch.float32)
 
 
+@pytest.mark.parametrize("masters", [False, True])
 @pytest.mark.parametrize("granularity", [None, "feature"])
-def test_opcheck(emulated, granularity):
-    inputs = make_inputs(Case(6, 16, 12, 4, members=2, granularity=granularity))
+def test_opcheck(emulated, granularity, masters):
+    dtype = torch.bfloat16 if masters else torch.float32
+    inputs = make_inputs(Case(6, 16, 12, 4, dtype, members=2, granularity=granularity, masters=masters))
     partial = inputs["partial"] or lorasp.functional.Partial(None, NOTHING, NOTHING, NOTHING)
     factors = (inputs["lora_As"], inputs["lora_Bs"], partial.frozen_As, partial.frozen_Bs or NOTHING, partial.columns,
                partial.rows, NOTHING, NOTHING)  # fmt: skip
@@ -182,6 +184,25 @@ def raw_forward(**changed):
         ({"plan": "fused"}, "plan must be auto or addmm for backend cuda, got fused"),
         ({"packed": [torch.zeros(1)]}, "packed must be None for backend cuda"),
         ({"dropout_p": 0.5}, "seed must be a 0-d int64 tensor when dropout_p > 0, got None"),
+        (
+            {"weights": [torch.randn(0, 8)], "lora_Bs": [torch.randn(0, 2)]},
+            r"frozen_As\[0\] must be \(R, K\) with R, K, N >= 1, got \(2, 8\), K = 8 and N = 0",
+        ),
+        (
+            {
+                "x": torch.randn(5, 0),
+                "weights": [torch.randn(6, 0)],
+                "frozen_As": [None],
+                "lora_As": [torch.randn(2, 0)],
+                "columns": None,
+                "keep_columns": False,
+            },
+            r"lora_As\[0\] must be \(R, K\) with R, K, N >= 1, got \(2, 0\), K = 0 and N = 6",
+        ),
+        (
+            {"frozen_As": [torch.randn(0, 8)], "lora_As": [torch.randn(0, 3)], "lora_Bs": [torch.randn(6, 0)]},
+            r"frozen_As\[0\] must be \(R, K\) with R, K, N >= 1, got \(0, 8\), K = 8 and N = 6",
+        ),
     ],
 )
 def test_the_raw_op_refuses_what_does_not_fit(emulated, changed, message):

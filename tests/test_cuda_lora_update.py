@@ -56,14 +56,16 @@ def test_strided_tensors_are_updated_where_they_lie(emulated, transposed):
         assert gaps.isnan().all()
 
 
+@pytest.mark.parametrize("masters", [False, True])
 @pytest.mark.parametrize("p", [0.0, 0.25])
-def test_opcheck(emulated, p):
-    i = make_inputs(Case(6, 16, 12, 4))
+def test_opcheck(emulated, p, masters):
+    dtype = torch.bfloat16 if masters else torch.float32
+    i = make_inputs(Case(6, 16, 12, 4, dtype, masters=masters))
     factors, seed = (i["lora_A"], i["lora_B"]), torch.tensor(3)
     torch.library.opcheck(ops.forward_ops["cuda"], (i["y"], i["x"], *factors, seed, 0.5, p, 0))
     xa = ops.forward_ops["cuda"](i["y"], i["x"], *factors, seed, 0.5, p, 0)
-    for dx in (torch.ones(6, 16), None):
-        arguments = (dx, i["dy"], i["x"], *factors, xa, seed, 0.5, p, 0, True, True)
+    for dx, need_dA in ((torch.ones(6, 16, dtype=dtype), not masters), (None, True)):
+        arguments = (dx, i["dy"], i["x"], *factors, xa, seed, 0.5, p, 0, need_dA, True)
         torch.library.opcheck(ops.backward_ops["cuda"], arguments)
 
 
@@ -75,6 +77,7 @@ def test_opcheck(emulated, p):
         ({"y": torch.zeros(3, 4).half()}, "y must have dtype Float, got Half"),
         ({"lora_A": torch.ones(2)}, "x, lora_A and lora_B must be 2-d, got 2, 1 and 2"),
         ({"dropout_p": 0.5}, "seed must be a 0-d int64 tensor when dropout_p > 0, got None"),
+        ({"lora_A": torch.ones(0, 5), "lora_B": torch.ones(4, 0)}, r".* >= 1, got \(0, 5\) and \(4, 0\)"),
     ],
 )
 def test_the_raw_op_refuses_what_does_not_fit(emulated, changes, message):

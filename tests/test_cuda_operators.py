@@ -121,16 +121,19 @@ def test_autocast_and_grad_mode_stay_outside(emulated):
     assert (y - exact).abs().max() < 1e-3 * torch.finfo(torch.bfloat16).eps * exact.abs().max()
 
 
+@pytest.mark.parametrize("masters", [False, True])
 @pytest.mark.parametrize("p", [0.0, 0.25])
-def test_opcheck(emulated, p):
-    i = make_inputs(6, 16, 12, 4, torch.float32)
+def test_opcheck(emulated, p, masters):
+    """Masters: also that a frozen factor's empty gradient has dy's dtype."""
+    i = make_inputs(6, 16, 12, 4, torch.bfloat16 if masters else torch.float32, masters=masters)
     seed = torch.tensor(3) if p else None
     forward = (*(i[name] for name in ("x", "weight", "bias", "lora_A", "lora_B")), seed, 0.5, p, 0, "auto", None)
     torch.library.opcheck(ops.forward_ops["cuda"], forward)
     _, xa = ops.forward_ops["cuda"](*forward)
-    backward = (i["dy"], i["x"], i["weight"], i["lora_A"], i["lora_B"], xa, seed, None, None, 0.5, p, 0, True, True,
-                True, "auto", None)  # fmt: skip
-    torch.library.opcheck(ops.backward_ops["cuda"], backward)
+    for need_dA, need_dB in ((True, True), (False, True), (True, False)) if masters else ((True, True),):
+        backward = (i["dy"], i["x"], i["weight"], i["lora_A"], i["lora_B"], xa, seed, None, None, 0.5, p, 0, True,
+                    need_dA, need_dB, "auto", None)  # fmt: skip
+        torch.library.opcheck(ops.backward_ops["cuda"], backward)
 
 
 @pytest.mark.parametrize("rows", [0, 3])
@@ -145,6 +148,9 @@ def test_key_lists(emulated, rows, keys):
         assert torch.equal(index[row].sort().values, torch.arange(keys).int())
 
 
+SIZES = r"lora_A must be \(R, K\) and lora_B \(N, R\) with R, K, N >= 1, "
+
+
 def bad_calls():
     i = make_inputs(4, 8, 6, 2, torch.float32, masks=True)
     operands = ("x", "weight", "bias", "lora_A", "lora_B")
@@ -153,6 +159,15 @@ def bad_calls():
     for changes, message in (
         ({"weight": torch.zeros(6, 9)}, r"weight must be \(6, 8\), got \(6, 9\)"),
         ({"lora_A": torch.zeros(8)}, "x, lora_A and lora_B must be 2-d, got 2, 1 and 2"),
+        ({"lora_A": torch.zeros(0, 8), "lora_B": torch.zeros(6, 0)}, SIZES + r"got \(0, 8\) and \(6, 0\)"),
+        (
+            {"x": torch.zeros(4, 0), "weight": torch.zeros(6, 0), "lora_A": torch.zeros(2, 0)},
+            SIZES + r"got \(2, 0\) and \(6, 2\)",
+        ),
+        (
+            {"weight": torch.zeros(0, 8), "bias": None, "lora_B": torch.zeros(0, 2)},
+            SIZES + r"got \(2, 8\) and \(0, 2\)",
+        ),
         ({"lora_B": i["lora_B"].bfloat16()}, "lora_B must have dtype Float, got BFloat16"),
         ({"plan": "fused"}, "plan must be auto or addmm for backend cuda, got fused"),
         ({"packed": torch.zeros(1)}, "packed must be None for backend cuda"),
@@ -167,6 +182,13 @@ def bad_calls():
 def test_the_raw_op_refuses_what_does_not_fit(emulated, arguments, message):
     with pytest.raises(RuntimeError, match=f"lora_linear: {message}"):
         torch.ops.lorasp.lora_linear_fwd_cuda(*arguments.values())
+
+
+@pytest.mark.parametrize(("K", "N", "R"), [(8, 6, 0), (0, 6, 2), (8, 0, 2)])
+def test_the_raw_backward_refuses_empty_factors(emulated, K, N, R):
+    x, dy, weight, A, B, xa = (torch.zeros(s) for s in ((4, K), (4, N), (N, K), (R, K), (N, R), (4, R)))
+    with pytest.raises(RuntimeError, match=rf"lora_linear: {SIZES}got \({R}, {K}\) and \({N}, {R}\)"):
+        ops.backward_ops["cuda"](dy, x, weight, A, B, xa, None, None, None, 1.0, 0.0, 0, True, True, True, "auto", None)
 
 
 def test_other_plans_and_operators_are_refused(emulated):

@@ -3,6 +3,7 @@ no CUDA build of torch."""
 
 import ctypes
 import os
+import shutil
 import subprocess
 import sys
 from ctypes import byref, c_int, c_size_t, c_uint, c_uint64, c_void_p
@@ -118,6 +119,25 @@ def test_more_shared_memory_has_to_be_asked_for(cudart, kernel):
     assert cudart.cudaFuncSetAttribute(kernel, MAX_DYNAMIC_SHARED, 232449) == INVALID
     assert cudart.cudaFuncSetAttribute(kernel, MAX_DYNAMIC_SHARED, 100000) == OK
     assert cudart.cudaLaunchKernel(kernel, *launch) == OK
+
+
+def test_a_refused_launch_of_ours_leaves_no_error_behind(libraries, tmp_path):
+    """The next call of whoever asks cudaGetLastError, torch among them, would be blamed for it."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc is not on the path")
+    folder, library = Path(libraries[0]._name).parent, tmp_path / "refused.so"
+    csrc, probe = Path(__file__).parents[1] / "csrc" / "cuda", Path(__file__).parent / "idle_gpu" / "refused.cu"
+    command = [
+        nvcc, "-std=c++17", "-arch=sm_90", "-shared", "-Xcompiler", "-fPIC", "-cudart", "none", "-I", csrc, probe,
+        csrc / "launch.cu", f"-L{folder}", f"-l:{Path(libraries[0]._name).name}", "-o", library,
+    ]  # fmt: skip
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    left = ctypes.CDLL(str(library)).error_left_by_a_refused_launch
+    assert left(ctypes.c_int64(65536), c_int(0)) == OK
+    assert left(ctypes.c_int64(1), c_int(MIB)) == OK
+    assert left(ctypes.c_int64(1), c_int(0)) == -1
 
 
 def test_copies_arrive(cudart, block, stream):

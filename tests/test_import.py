@@ -122,3 +122,34 @@ def test_arrows_between_the_folders_of_the_cpp_kernels_run_one_way():
     for folder, included in seen.items():
         extra = included - CSRC[folder]
         assert not extra, f"csrc/{folder} includes files of {extra}"
+
+
+X86_ONLY = ("defined(__x86_64__)", "defined(LORASP_AVX")  # a target_*.h defines the latter
+
+
+def x86_headers(file, found):
+    """Adds to `found` the headers of x86 that `file` and what it includes read on any other CPU."""
+    skipped = []
+    for directive, rest in re.findall(
+        r"^ *# *(if|ifdef|ifndef|elif|else|endif|include)\b *(.*)", file.read_text(), re.M
+    ):
+        if directive.startswith("if"):
+            skipped.append(rest.startswith(X86_ONLY))
+        elif directive in ("elif", "else"):
+            skipped[-1] = rest.startswith(X86_ONLY)
+        elif directive == "endif":
+            skipped.pop()
+        elif any(skipped):
+            continue
+        elif rest.startswith('"'):
+            x86_headers(file.parent / rest.strip('"'), found)
+        elif rest in ("<immintrin.h>", "<cpuid.h>"):
+            found.add(f"{file.name}: {rest}")
+    return found
+
+
+def test_no_file_of_the_cpp_kernels_needs_x86():
+    sources = sorted((PACKAGE / "csrc" / "cpu").glob("**/*.cpp"))
+    wrong = {source.name: headers for source in sources if (headers := x86_headers(source, set()))}
+    assert sources
+    assert not wrong

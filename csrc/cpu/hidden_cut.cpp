@@ -5,7 +5,6 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <optional>
 #include <vector>
@@ -17,7 +16,6 @@
 namespace lorasp {
 namespace {
 
-constexpr uint32_t kPurpose = 2;
 constexpr int64_t kPiece = 2048;           // 256 mask bytes, at most 24 KiB of operands
 constexpr int64_t kGrainElements = 32768;  // less than this is not worth a thread
 
@@ -27,21 +25,20 @@ class Cut {
   Cut(const Tensor& seed_, double p, std::string_view pattern, int64_t B, int64_t S) : S_(S) {
     TORCH_CHECK_VALUE(pattern == "element" || pattern == "column" || pattern == "span",
                       "hidden_cut: pattern must be one of element, column, span, got ", pattern);
-    const double t = std::nearbyint(p * 65536);
+    const uint32_t t = drop_threshold(p);
     TORCH_CHECK_VALUE(p >= 0.0 && p < 1.0 && (pattern == "span" || t < 65536), "hidden_cut: p must be in [0, 1), got ",
                       p);
     check_tensor("hidden_cut", "seed", seed_, {}, at::kLong);
     const auto seed = static_cast<uint64_t>(*seed_.const_data_ptr<int64_t>());
-    mask_ = {seed, kPurpose, 0, static_cast<uint32_t>(t)};
+    mask_ = {seed, kPurposeHiddenCut, 0, t};
     by_element = pattern == "element";
     rescale = by_element ? static_cast<float>(65536.0 / (65536.0 - t)) : 1.0f;
     if (pattern != "span") return;
-    // As lorasp.rng.span_length and span_start have it.
-    const int64_t most = std::max<int64_t>(1, static_cast<int64_t>(p * static_cast<double>(S)));
-    length_ = p == 0.0 ? 0 : std::max<int64_t>(0, std::min(S - 1, most));
+    // As lorasp.rng.span_start has it.
+    length_ = span_length(p, S);
     starts_.resize(static_cast<size_t>(B));
     for (int64_t b = 0; b < B; ++b) {
-      const uint32_t word = philox4x32_7(static_cast<uint64_t>(b), kPurpose, 0, seed).word[0];
+      const uint32_t word = philox4x32_7(static_cast<uint64_t>(b), kPurposeHiddenCut, 0, seed).word[0];
       starts_[static_cast<size_t>(b)] = static_cast<int64_t>(word) % (S - length_ + 1);
     }
   }

@@ -3,7 +3,6 @@
 //     xa = s (D o x) A^T            y  = x W^T + bias + xa B^T
 //     g  = s dy B                   dx = D o (g A) + dy W        dB = dy^T xa        dA = g^T (D o x)
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include "common/scratch.h"
@@ -79,12 +78,8 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward_cpu(
   const bool need_g = need_dx || need_dA;
   const Dropout dropout(kOp, need_g ? dropout_p : 0.0, seed, member);
 
-  const auto gradient_like = [&](const Tensor& t, bool needed) {
-    if (!needed) return at::empty({0}, dy_.options());
-    return M == 0 ? at::zeros(t.sizes(), t.options()) : at::empty(t.sizes(), t.options());
-  };
   const Tensor dy = unit_columns(dy_);
-  Tensor dlora_A = gradient_like(lora_A, need_dA), dlora_B = gradient_like(lora_B, need_dB);
+  Tensor dlora_A = gradient_like(lora_A, dy, need_dA), dlora_B = gradient_like(lora_B, dy, need_dB);
   Tensor dx = need_dx && M == 0 ? at::empty({M, K}, dy.options()) : at::empty({0}, dy.options());
   if (M == 0) return {dx, dlora_A, dlora_B};
 
@@ -92,13 +87,6 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward_cpu(
   const Tensor xa = need_dB ? xa_->contiguous() : Tensor(), x = need_dA ? unit_columns(*x_) : Tensor();
   const Tensor kept_A = mask_A && need_dA ? mask_A->contiguous() : Tensor();
   const Tensor kept_B = mask_B && need_dB ? mask_B->contiguous() : Tensor();
-  const auto gradient = [](const Tensor& out, bool needed, const Tensor& mask) {
-    Gradient g;
-    if (!needed) return g;
-    g.data = out.mutable_data_ptr(), g.fp32 = out.scalar_type() == at::kFloat;
-    g.mask = mask.defined() ? mask.const_data_ptr<bool>() : nullptr;
-    return g;
-  };
   ScratchFrame frame;
   void* g = need_g ? frame.take<char>(M * R * dy.element_size()) : nullptr;
   const float g_scale = static_cast<float>(scale * dropout.rescale);
@@ -114,9 +102,9 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward_cpu(
   const Tall g_left = fused ? Tall{nullptr, 0} : Tall{g, R};
   if (g_left.data || need_dB)
     dy_pass(dtype, M, N, R, tall(dy), b.const_data_ptr(), g_scale, g_left, need_dB ? xa.const_data_ptr() : nullptr,
-            gradient(dlora_B, need_dB, kept_B));
+            whole_gradient(dlora_B, need_dB, kept_B));
   const Tall dx_left = need_dx && !fused ? tall(dx) : Tall{nullptr, 0};
-  const Slice slice{R, gradient(dlora_A, need_dA, kept_A)};
+  const Slice slice{R, whole_gradient(dlora_A, need_dA, kept_A)};
   if (dx_left.data || need_dA)
     dx_pass(dtype, M, K, dx_left, need_dA ? tall(x) : Tall{nullptr, 0},
             Expansion{R, a.const_data_ptr(), dropout.keep(), g, slice}, nullptr);

@@ -4,7 +4,6 @@
 //     g  = s dy B                   dx += D o (g A)        dB = dy^T xa        dA = g^T (D o x)
 #include <ATen/MemoryOverlap.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include "common/scratch.h"
@@ -75,26 +74,17 @@ std::tuple<Tensor, Tensor> lora_update_backward_cpu(const OptionalTensor& dx, co
   const bool need_g = dx || need_dA;
   const Dropout dropout(kOp, need_g ? dropout_p : 0.0, seed, member);
 
-  const auto gradient_like = [&](const Tensor& t, bool needed) {
-    if (!needed) return at::empty({0}, dy_.options());
-    return M == 0 ? at::zeros(t.sizes(), t.options()) : at::empty(t.sizes(), t.options());
-  };
-  const Tensor dlora_A = gradient_like(lora_A, need_dA), dlora_B = gradient_like(lora_B, need_dB);
+  const Tensor dlora_A = gradient_like(lora_A, dy_, need_dA), dlora_B = gradient_like(lora_B, dy_, need_dB);
   if (M == 0 || !(need_g || need_dB)) return {dlora_A, dlora_B};
 
   const Tensor dy = unit_columns(dy_);
   const Tensor a = rounded(lora_A, dy.scalar_type()), b = rounded(lora_B, dy.scalar_type());
   const Tensor xa = need_dB ? xa_->contiguous() : Tensor(), x = need_dA ? unit_columns(*x_) : Tensor();
-  const auto gradient = [](const Tensor& out, bool needed) {
-    Gradient g;
-    if (needed) g.data = out.mutable_data_ptr(), g.fp32 = out.scalar_type() == at::kFloat;
-    return g;
-  };
   ScratchFrame frame;
   void* g = need_g ? frame.take<char>(M * R * dy.element_size()) : nullptr;
   dy_pass(dtype, M, N, R, tall(dy), b.const_data_ptr(), static_cast<float>(scale * dropout.rescale), {g, R},
-          need_dB ? xa.const_data_ptr() : nullptr, gradient(dlora_B, need_dB));
-  const Slice slice{R, gradient(dlora_A, need_dA)};
+          need_dB ? xa.const_data_ptr() : nullptr, whole_gradient(dlora_B, need_dB));
+  const Slice slice{R, whole_gradient(dlora_A, need_dA)};
   const auto spread = [&](const Tall& rows) {
     dx_pass(dtype, M, K, rows, need_dA ? tall(x) : Tall{nullptr, 0},
             Expansion{R, a.const_data_ptr(), dropout.keep(), g, slice}, nullptr);

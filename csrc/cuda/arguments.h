@@ -10,7 +10,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <cmath>
 #include <optional>
 
 #include "tile.cuh"
@@ -61,6 +60,12 @@ inline void check_tensor(const char* op, const char* name, const Tensor& t, std:
                   torch::headeronly::toString(t.scalar_type()));
 }
 
+inline std::vector<int64_t> sizes_of(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
+
+inline OptionalTensor contiguous(const OptionalTensor& t) {
+  return t ? OptionalTensor(torch::stable::contiguous(*t)) : std::nullopt;
+}
+
 inline Tensor unit_columns(const Tensor& t) {
   return t.size(1) == 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
 }
@@ -109,11 +114,10 @@ void with_type(const char* op, const char* name, ScalarType dtype, F&& f) {
   }
 }
 
-// The threshold of a drop rate, round(65536 p).
-inline uint32_t drop_threshold(const char* op, double dropout_p) {
-  const double t = dropout_p >= 0.0 && dropout_p < 1.0 ? std::nearbyint(dropout_p * 65536) : 65536;
+inline uint32_t checked_threshold(const char* op, double dropout_p) {
+  const uint32_t t = drop_threshold(dropout_p);
   STD_TORCH_CHECK(t < 65536, op, ": dropout_p must be in [0, 1), got ", dropout_p);
-  return static_cast<uint32_t>(t);
+  return t;
 }
 
 }  // namespace lorasp::cuda

@@ -33,10 +33,6 @@ LogitRows<T> rows_of(const OptionalTensor& t) {
   return t ? rows_of<T>(*t) : LogitRows<T>{};
 }
 
-OptionalTensor contiguous(const OptionalTensor& t) {
-  return t ? OptionalTensor(torch::stable::contiguous(*t)) : std::nullopt;
-}
-
 std::tuple<Tensor, Tensor> consistency_forward_cuda(const Tensor& logits, const Tensor& other,
                                                     const OptionalTensor& mask_, const std::string& kind) {
   check_pair(logits, other, mask_);

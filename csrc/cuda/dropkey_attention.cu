@@ -7,20 +7,19 @@ namespace lorasp::cuda {
 namespace {
 
 constexpr const char* kKeysOp = "dropkey_attention_keys";
-constexpr uint32_t kPurposeDropkey = 1;
 
 std::tuple<Tensor, Tensor> dropkey_attention_keys_cuda(const Tensor& seed, int64_t rows, int64_t keys,
                                                        double dropout_p) {
   check_tensor(kKeysOp, "seed", seed, {}, ScalarType::Long);
   STD_TORCH_CHECK(rows >= 0 && keys >= 0 && keys < INT32_MAX, kKeysOp, ": rows and keys must be in [0, 2^31), got ",
                   rows, " and ", keys);
-  const uint32_t threshold = drop_threshold(kKeysOp, dropout_p);
+  const uint32_t threshold = checked_threshold(kKeysOp, dropout_p);
   const NoGrad no_grad;
   Tensor index = empty(seed, {rows, keys}, ScalarType::Int), rank = empty(seed, {rows, keys + 1}, ScalarType::Int);
   const DeviceScope scope(seed);
   dropkey_attention_keys(scope.device(), rows,
                          {keys,
-                          {0, kPurposeDropkey, 0, threshold},
+                          {0, kPurposeDropKey, 0, threshold},
                           static_cast<const int64_t*>(seed.data_ptr()),
                           static_cast<int*>(index.data_ptr()),
                           static_cast<int*>(rank.data_ptr())});

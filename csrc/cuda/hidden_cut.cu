@@ -39,8 +39,8 @@ Tensor cut(const char* name, const Tensor& x_, const OptionalTensor& residual_, 
     check_tensor(kHiddenCutOp, "residual", *residual_, {shape.B, shape.S, shape.F}, residual_->scalar_type());
   check_tensor(kHiddenCutOp, "seed", seed, {}, ScalarType::Long);
   const CutPattern pattern = pattern_of(pattern_);
-  STD_TORCH_CHECK(p >= 0.0 && p < 1.0 && (pattern == CutPattern::kSpan || std::nearbyint(p * 65536) < 65536),
-                  kHiddenCutOp, ": p must be in [0, 1), got ", p);
+  STD_TORCH_CHECK(p >= 0.0 && p < 1.0 && (pattern == CutPattern::kSpan || drop_threshold(p) < 65536), kHiddenCutOp,
+                  ": p must be in [0, 1), got ", p);
   const DType x_dtype = dtype_of(name, x_.scalar_type()), out_dtype = dtype_of("the result", dtype);
   const DType residual_dtype = residual_ ? dtype_of("residual", residual_->scalar_type()) : DType{};
   const NoGrad no_grad;

@@ -177,17 +177,14 @@ struct CutShape {
   int64_t B, S, F;
 };
 
-// p in [0, 1), for kElement and kColumn with round(65536 p) < 65536.
+// p in [0, 1), for kElement and kColumn with drop_threshold(p) < 65536.
 inline void hidden_cut(const Device& device, const CutShape& shape, const CutOperand& x, const CutOperand& residual,
                        void* out, DType out_dtype, CutPattern pattern, double p, const int64_t* seed) {
-  constexpr uint32_t kPurposeHiddenCut = 2;
   const int64_t count = shape.B * shape.S * shape.F;
   if (count == 0) return;
-  const auto threshold = static_cast<uint32_t>(std::nearbyint(p * 65536));
+  const uint32_t threshold = drop_threshold(p);
   const bool by_element = pattern == CutPattern::kElement;
-  int64_t length = static_cast<int64_t>(p * static_cast<double>(shape.S));
-  length = length > 1 ? length : 1;
-  length = p == 0.0 ? 0 : length < shape.S ? length : shape.S - 1;
+  const int64_t length = span_length(p, shape.S);
   launch(hidden_cut_kernel, {ceil_div(count, kThreads * kUnit)}, kThreads, 0, device.stream,
          HiddenCutArgs{x,
                        residual,

@@ -28,8 +28,7 @@ std::tuple<Tensor, Tensor> lora_linear_forward_cuda(const Tensor& x_, const Tens
   if (bias_) check("bias", *bias_, {N}, dtype);
   check("lora_A", lora_A, {R, K}, dtype, true);
   check("lora_B", lora_B, {N, R}, dtype, true);
-  STD_TORCH_CHECK(plan == "auto" || plan == "addmm", kOp, ": plan must be auto or addmm for backend cuda, got ", plan);
-  STD_TORCH_CHECK(!packed, kOp, ": packed must be None for backend cuda");
+  check_plan(kOp, plan, {packed});
   const DropoutOfCall drop(kOp, dropout_p, seed);
 
   const NoGrad no_grad;
@@ -67,15 +66,14 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward_cuda(
   STD_TORCH_CHECK(!need_dB || xa_, kOp, ": xa must be given when need_dB, got None");
   if (need_dA) check("x", *x_, {M, K}, dtype);
   if (need_dB) check("xa", *xa_, {M, R}, dtype);
-  STD_TORCH_CHECK(plan == "auto" || plan == "addmm", kOp, ": plan must be auto or addmm for backend cuda, got ", plan);
-  STD_TORCH_CHECK(!packed, kOp, ": packed must be None for backend cuda");
+  check_plan(kOp, plan, {packed});
   const DropoutOfCall drop(kOp, need_dx || need_dA ? dropout_p : 0.0, seed);
 
   const NoGrad no_grad;
   Adapter adapter{N, R, drop.scale(scale), member, lora_A, lora_B};
   const OptionalTensor kept_A = contiguous(mask_A), kept_B = contiguous(mask_B);
-  Tensor dlora_A = gradient_like(lora_A, need_dA, M == 0, kept_A, adapter.dA);
-  Tensor dlora_B = gradient_like(lora_B, need_dB, M == 0, kept_B, adapter.dB);
+  Tensor dlora_A = gradient_like(lora_A, dy_, need_dA, M == 0, kept_A, adapter.dA);
+  Tensor dlora_B = gradient_like(lora_B, dy_, need_dB, M == 0, kept_B, adapter.dB);
   Tensor dx = need_dx ? empty(dy_, {M, K}, dtype) : empty(dy_, {0}, dtype);
   if (M == 0) return {dx, dlora_A, dlora_B};
 

@@ -2,7 +2,8 @@
 // + bias (q = B^T, B lies rank last), and of dx, D o (g A) (q = A, which lies rank first; D's factor is in g). Written
 // before the frozen product, which cuBLAS then adds; added in place where somebody else made the product (lora_update).
 // A group's share of dx: without dropout its g lie side by side and its A one under another, one h and one q; with it
-// each member's product is masked on its own. The sum is rounded once.
+// each member's product is masked on its own. The sum of a launch is rounded once: with more than kMembers masks the
+// next launch adds to it in place and rounds again.
 //
 // One block per tile of (kBlockM, kBlockC). The product goes through shared memory, so that out is written, and read,
 // 16 bytes at a time.

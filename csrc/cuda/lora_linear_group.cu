@@ -4,9 +4,9 @@
 //     g_i  = s_i dy_i B_i               dx  = sum_i (D_i o (g_i A_i) + dy_i W_i)
 //     dB_i = dy_i^T xa_i                dA_i = g_i^T (D_i o x)
 // One pass over x forms every xa_i and x[:, J], one over x or x[:, J] every dA_i, and one kernel writes all that the
-// adapters give to dx. Factors that train in part are put together at rank-R size. dy_i is read whole: its frozen
-// single features share their sectors with trained ones. Indices are never read on the host; they ascend, as
-// lorasp.functional.Partial says.
+// adapters give to dx; under dropout, where each has a mask of its own, for kMembers of them at a time. Factors that
+// train in part are put together at rank-R size. dy_i is read whole: its frozen single features share their sectors
+// with trained ones. Indices are never read on the host; they ascend, as lorasp.functional.Partial says.
 #include <string>
 
 #include "lora_linear_passes.h"
@@ -36,12 +36,6 @@ void check_lengths(size_t count, const Lists&... lists) {
 void check_member(const char* name, size_t i, const Tensor& t, std::initializer_list<int64_t> sizes, ScalarType dtype,
                   bool fp32_too = false) {
   check_tensor(kGroupOp, (std::string(name) + "[" + std::to_string(i) + "]").c_str(), t, sizes, dtype, fp32_too);
-}
-
-void check_plan(const std::string& plan, const OptionalTensors& packed) {
-  STD_TORCH_CHECK(plan == "auto" || plan == "addmm", kGroupOp, ": plan must be auto or addmm for backend cuda, got ",
-                  plan);
-  for (const OptionalTensor& p : packed) STD_TORCH_CHECK(!p, kGroupOp, ": packed must be None for backend cuda");
 }
 
 Tensor checked_index(const std::string& name, const Tensor& index) {
@@ -76,7 +70,7 @@ class Factors {
       OptionalTensor stack;
       int64_t total = 0, before = 0;
       for (const Adapter& m : adapters) total += m.R;
-      if (stacked && adapters.size() > 1) stack = empty(a_.lora_As[0], {total, K_}, compute_);
+      if (need_A && stacked && adapters.size() > 1) stack = empty(a_.lora_As[0], {total, K_}, compute_);
       for (size_t i = 0; i < adapters.size() && need_A; ++i) {
         Adapter& m = adapters[i];
         const Trains trains = entries_A[i] ? Trains::kEntries : partial_A(i) ? Trains::kColumns : Trains::kWhole;
@@ -131,9 +125,13 @@ class Factors {
     };
     const Tensor& lora_A = a_.lora_As[i];
     const Tensor& whole_A = partial_A(i) ? *a_.frozen_As[i] : lora_A;
-    STD_TORCH_CHECK(whole_A.dim() == 2 && whole_A.size(0) > 0, kGroupOp, ": ", partial_A(i) ? "frozen_As" : "lora_As",
-                    "[", i, "] must be (R, ", K_, ") with R >= 1");
+    const char* whole_name = partial_A(i) ? "frozen_As" : "lora_As";
+    STD_TORCH_CHECK(whole_A.dim() == 2, kGroupOp, ": ", whole_name, "[", i, "] must be (R, K), got ", whole_A.dim(),
+                    " dimensions");
     const int64_t R = whole_A.size(0);
+    STD_TORCH_CHECK(R > 0 && K_ > 0 && N > 0, kGroupOp, ": ", whole_name, "[", i,
+                    "] must be (R, K) with R, K, N >= 1, got (", R, ", ", whole_A.size(1), "), K = ", K_,
+                    " and N = ", N);
     adapters.push_back({N, R, 1.0f, 0, lora_A, a_.lora_Bs[i]});
     rows.push_back(index("rows", a_.rows[i]));
     entries_A.push_back(index("entries_A", a_.entries_A[i]));
@@ -190,7 +188,7 @@ std::tuple<Tensors, Tensors, Tensor> lora_linear_group_forward_cuda(
     check_member("weights", i, weights[i], {outputs[i], K}, dtype);
     if (biases[i]) check_member("biases", i, *biases[i], {outputs[i]}, dtype);
   }
-  check_plan(plan, packed);
+  check_plan(kGroupOp, plan, packed);
   STD_TORCH_CHECK(!keep_columns || columns, kGroupOp, ": columns must be given when keep_columns, got None");
   const DropoutOfCall drop(kGroupOp, dropout_p, seed);
 
@@ -243,7 +241,7 @@ std::tuple<Tensor, Tensors, Tensors> lora_linear_group_backward_cuda(
     if (need_dx) check_member("weights", i, weights[i], {outputs[i], K}, dtype);
     any_dA = any_dA || need_dA[i];
   }
-  check_plan(plan, packed);
+  check_plan(kGroupOp, plan, packed);
   const OptionalTensor& source = columns ? x_columns : x;
   const char* source_name = columns ? "x_columns" : "x";
   STD_TORCH_CHECK(!any_dA || source, kGroupOp, ": ", source_name, " must be given when need_dA, got None");
@@ -270,9 +268,9 @@ std::tuple<Tensor, Tensors, Tensors> lora_linear_group_backward_cuda(
     if (mask_Bs[i]) check_member("mask_Bs", i, *mask_Bs[i], {m.N, m.R}, ScalarType::Bool);
     if (need_dB[i]) check_member("xas", i, *xas[i], {M, m.R}, dtype), m.xa = contiguous(xas[i]);
     kept.push_back(contiguous(mask_As[i]));
-    dlora_As.push_back(gradient_like(lora_As[i], need_dA[i], M == 0 || no_columns, kept.back(), m.dA));
+    dlora_As.push_back(gradient_like(lora_As[i], dys_[i], need_dA[i], M == 0 || no_columns, kept.back(), m.dA));
     kept.push_back(contiguous(mask_Bs[i]));
-    dlora_Bs.push_back(gradient_like(lora_Bs[i], need_dB[i], M == 0, kept.back(), m.dB));
+    dlora_Bs.push_back(gradient_like(lora_Bs[i], dys_[i], need_dB[i], M == 0, kept.back(), m.dB));
     dys.push_back(unit_columns(dys_[i]));
     spreads = spreads || (need_dA[i] && factors.spreads_A(i));
   }

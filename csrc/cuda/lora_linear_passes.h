@@ -7,12 +7,19 @@
 
 namespace lorasp::cuda {
 
-constexpr uint32_t kPurposeLoRADropout = 0;
-
 inline void check_matrices(const char* op, const char* name, const Tensor& rows, const Tensor& lora_A,
                            const Tensor& lora_B) {
   STD_TORCH_CHECK(rows.dim() == 2 && lora_A.dim() == 2 && lora_B.dim() == 2, op, ": ", name,
                   ", lora_A and lora_B must be 2-d, got ", rows.dim(), ", ", lora_A.dim(), " and ", lora_B.dim());
+  STD_TORCH_CHECK(lora_A.size(0) > 0 && lora_A.size(1) > 0 && lora_B.size(0) > 0, op,
+                  ": lora_A must be (R, K) and lora_B (N, R) with R, K, N >= 1, got (", lora_A.size(0), ", ",
+                  lora_A.size(1), ") and (", lora_B.size(0), ", ", lora_B.size(1), ")");
+}
+
+// This backend has one plan, and no layout for packed weights.
+inline void check_plan(const char* op, const std::string& plan, const std::vector<OptionalTensor>& packed) {
+  STD_TORCH_CHECK(plan == "auto" || plan == "addmm", op, ": plan must be auto or addmm for backend cuda, got ", plan);
+  for (const OptionalTensor& p : packed) STD_TORCH_CHECK(!p, op, ": packed must be None for backend cuda");
 }
 
 // The dropout of a call, whose members draw from one seed.
@@ -21,7 +28,7 @@ struct DropoutOfCall {
   double rescale = 1.0;
 
   DropoutOfCall(const char* op, double dropout_p, const OptionalTensor& seed) {
-    const uint32_t t = drop_threshold(op, dropout_p);
+    const uint32_t t = checked_threshold(op, dropout_p);
     if (t == 0) return;
     STD_TORCH_CHECK(seed.has_value(), op, ": seed must be a 0-d int64 tensor when dropout_p > 0, got None");
     check_tensor(op, "seed", *seed, {}, ScalarType::Long);
@@ -179,13 +186,12 @@ void backward_passes(const Device& device, const std::vector<Tensor>& dys, const
   if (dx) accumulate<T>(device, expansions, true, drop.dropout, nullptr, add, matrix<T>(*dx));
 }
 
-// A gradient as contiguous tensor like t, (0,) where it is not needed, and where it stands. mask: contiguous.
-inline Tensor gradient_like(const Tensor& t, bool needed, bool zero, const OptionalTensor& mask, Gradient& gradient) {
-  if (!needed) return empty(t, {0}, t.scalar_type());
-  std::vector<int64_t> sizes;
-  for (int64_t i = 0; i < t.dim(); ++i) sizes.push_back(t.size(i));
-  if (zero) return torch::stable::new_zeros(t, sizes, t.scalar_type());
-  const Tensor out = empty(t, sizes, t.scalar_type());
+// A gradient as contiguous tensor like t, (0,) like dy where it is not needed, and where it stands. mask: contiguous.
+inline Tensor gradient_like(const Tensor& t, const Tensor& dy, bool needed, bool zero, const OptionalTensor& mask,
+                            Gradient& gradient) {
+  if (!needed) return empty(dy, {0}, dy.scalar_type());
+  if (zero) return torch::stable::new_zeros(t, sizes_of(t), t.scalar_type());
+  const Tensor out = empty(t, sizes_of(t), t.scalar_type());
   gradient.out = out.data_ptr(), gradient.fp32 = t.scalar_type() == ScalarType::Float;
   gradient.mask = data<const uint8_t>(mask);
   return out;
@@ -196,10 +202,6 @@ inline void select_entries(Gradient& gradient, const OptionalTensor& entries) {
   if (!entries) return;
   gradient.entries = data<const int64_t>(entries), gradient.entry_count = entries->size(0);
   if (gradient.entry_count == 0) gradient.out = nullptr;
-}
-
-inline OptionalTensor contiguous(const OptionalTensor& t) {
-  return t ? OptionalTensor(torch::stable::contiguous(*t)) : std::nullopt;
 }
 
 }  // namespace lorasp::cuda

@@ -55,8 +55,8 @@ std::tuple<Tensor, Tensor> lora_update_backward_cuda(OptionalTensor dx, const Te
 
   const NoGrad no_grad;
   Adapter adapter{N, R, drop.scale(scale), member, lora_A, lora_B};
-  Tensor dlora_A = gradient_like(lora_A, need_dA, M == 0, std::nullopt, adapter.dA);
-  Tensor dlora_B = gradient_like(lora_B, need_dB, M == 0, std::nullopt, adapter.dB);
+  Tensor dlora_A = gradient_like(lora_A, dy_, need_dA, M == 0, std::nullopt, adapter.dA);
+  Tensor dlora_B = gradient_like(lora_B, dy_, need_dB, M == 0, std::nullopt, adapter.dB);
   if (M == 0 || !(dx || need_dA || need_dB)) return {dlora_A, dlora_B};
 
   const DeviceScope scope(dy_);

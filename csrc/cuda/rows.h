@@ -13,6 +13,4 @@ inline Tensor unit_rows(const Tensor& t) {
   return t.size(2) <= 1 || t.stride(2) == 1 ? t : torch::stable::contiguous(t);
 }
 
-inline std::vector<int64_t> sizes_of(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
-
 }  // namespace lorasp::cuda

@@ -19,13 +19,6 @@ LogitRows<T> rows_of(const Operand& o, int64_t B, int64_t T_, int64_t V) {
   return {static_cast<T*>(o.data), o.stride_b, o.stride_t};
 }
 
-template <class F>
-void with_type(int dtype, F&& f) {
-  if (dtype == 0) f(float());
-  if (dtype == 1) f(bf16());
-  if (dtype == 2) f(f16());
-}
-
 }  // namespace
 
 extern "C" {
@@ -85,7 +78,6 @@ const char* emulated_consistency_end(int64_t T_, int64_t V, const bf16* a, const
                                 stats - before * kStats,
                                 nullptr,
                                 true});
-    emulation::last_block_only() = false;
   });
 }
 

@@ -239,8 +239,17 @@ struct Grid {
   int64_t x = 1, y = 1, z = 1;
 };
 
+// Refuses what some device that the kernels are for would refuse.
 template <class Args>
 void launch(void (*kernel)(Args), Grid grid, int threads, int shared_bytes, Stream, const Args& args) {
+  constexpr int64_t kGridX = 2147483647, kGridYZ = 65535;
+  constexpr int kThreadsPerBlock = 1024, kSharedPerBlock = 101376;  // sm_120's, the smallest
+  const auto within = [](int64_t count, int64_t most) { return count >= 0 && count <= most; };
+  if (!within(grid.x, kGridX) || !within(grid.y, kGridYZ) || !within(grid.z, kGridYZ) ||
+      !within(threads, kThreadsPerBlock) || !within(shared_bytes, kSharedPerBlock))
+    throw emulation::Error("no device launches (" + std::to_string(grid.x) + ", " + std::to_string(grid.y) + ", " +
+                           std::to_string(grid.z) + ") blocks of " + std::to_string(threads) + " threads and " +
+                           std::to_string(shared_bytes) + " bytes");
   emulation::run_grid(grid.x, grid.y, grid.z, threads, shared_bytes, [&] { kernel(args); });
 }
 

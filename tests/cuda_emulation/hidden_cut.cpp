@@ -46,7 +46,6 @@ const char* emulated_hidden_cut_end(CutShape shape, Operand x, Operand out, int 
     hidden_cut({4, nullptr}, shape, {x.data, static_cast<DType>(x.dtype), 0, 0, false}, {},
                static_cast<char*>(const_cast<void*>(out.data)) - before * out.itemsize(), static_cast<DType>(out.dtype),
                static_cast<CutPattern>(pattern), p, seed);
-    emulation::last_block_only() = false;
   });
 }
 

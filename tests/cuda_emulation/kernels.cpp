@@ -35,13 +35,6 @@ std::vector<float>& workspace(int64_t floats) {
   return memory;
 }
 
-template <class F>
-void with_type(int dtype, F&& f) {
-  if (dtype == 0) f(float());
-  if (dtype == 1) f(bf16());
-  if (dtype == 2) f(f16());
-}
-
 struct Operand {
   const void* data;
   int64_t rows, cols, stride;

@@ -28,6 +28,26 @@ extern "C" const char* large(const bf16* p, const bf16* h, const bf16* q, bool r
     args.mask_columns = args.selected = C;
     launch(lora_linear_outer_kernel<bf16, 16>, {1, ceil_div(M, part)}, kThreads, OuterTiles<bf16, 16>::kSharedBytes,
            nullptr, args);
-    emulation::last_block_only() = false;
+  });
+}
+
+// Sums of so many terms, on so many multiprocessors, that they are split into more parts than a grid's y can count.
+// zeros: `columns` of them.
+extern "C" const char* long_sums(const bf16* zeros, int64_t columns, int64_t rows) {
+  return emulated([&] {
+    emulation::GlobalMemory::instance().open();
+    emulation::last_block_only() = true;
+    const Device device{1 << 20, nullptr};
+    bf16 h[8] = {};
+    const auto floats = [](int64_t count) { return std::vector<float>(static_cast<size_t>(count)); };
+    const Matrix<const bf16> wide{zeros, 1, columns, columns, false}, one{zeros, 1, 1, 1, false};
+    const Matrix<const bf16> column{zeros, columns, 1, 1, false};
+    const Matrix<const bf16> tall{zeros, rows, 8, 0, true}, tall_h{zeros, rows, 1, 0, false};
+    project<bf16>(device, wide, {{wide, 1, 1.0f, 0, h, 1}}, true, {}, {}, nullptr,
+                  floats(project_workspace<bf16>(device, 1, columns, {1}, false)).data());
+    project_outer<bf16>(device, wide, {column, 1, 1.0f, 0, h, 1}, one, {}, {},
+                        floats(project_outer_workspace<bf16>(device, 1, columns, 1)).data());
+    outer<bf16>(device, tall, {{tall_h, 0, {h, false}}}, true, {}, nullptr, 0, {},
+                floats(outer_workspace<bf16>(device, rows, 8, {1}, false)).data());
   });
 }

@@ -47,8 +47,6 @@ extern "C" const char* emulated_partial_adamw(int dtype, const Operand* operands
                                               double beta1, double beta2, double eps, double weight_decay) {
   return emulated([&] {
     const AdamWHyper hyper = adamw_hyper(lr, beta1, beta2, eps, weight_decay);
-    if (dtype == 0) step<float>(operands, count, hyper);
-    if (dtype == 1) step<bf16>(operands, count, hyper);
-    if (dtype == 2) step<f16>(operands, count, hyper);
+    with_type(dtype, [&]<class T>(T) { step<T>(operands, count, hyper); });
   });
 }

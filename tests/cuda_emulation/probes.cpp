@@ -207,6 +207,14 @@ const char* probe_load_matrices(const uint16_t* from, uint32_t* to, bool transpo
   });
 }
 
+// A kernel that does nothing, by the last block of such a grid.
+const char* probe_launch(int64_t x, int64_t y, int64_t z, int threads, int shared_bytes) {
+  return emulated([&] {
+    emulation::last_block_only() = true;
+    launch<Data>([](Data) {}, {x, y, z}, threads, shared_bytes, nullptr, {});
+  });
+}
+
 // out (count,) = float(type(in)): both conversions of a type.
 const char* probe_round(int dtype, const float* in, float* out, int64_t count) {
   return emulated([&] {

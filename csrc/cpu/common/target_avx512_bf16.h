@@ -1,5 +1,5 @@
 // As target_avx2.h, for AVX-512 with its bf16 products. The namespace is LORASP_ISA's where that is defined before: AMX
-// needs no target of its own, its instructions are written out in amx_tiles.h.
+// needs no target of its own where its instructions are written out, as in amx_tiles.h.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC's own _mm512_undefined_*
 #pragma GCC diagnostic ignored "-Wuninitialized"

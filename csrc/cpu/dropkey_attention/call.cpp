@@ -8,7 +8,6 @@ namespace lorasp {
 namespace {
 
 constexpr const char* kOp = "dropkey_attention";
-constexpr uint32_t kPurposeDropKey = 1;
 constexpr int64_t kPadding = 32;  // kernels read whole blocks of a key list
 
 ScoreMask score_mask(const Tensor& t) {
@@ -97,18 +96,16 @@ void AttentionCall::set_mask(at::ScalarType dtype) {
 void AttentionCall::set_drops(double dropout_p, std::string_view pattern, const OptionalTensor& seed_tensor) {
   TORCH_CHECK_VALUE(pattern == "column" || pattern == "element" || pattern == "span",
                     "dropkey_attention: pattern must be column, element or span, got ", pattern);
-  const double t = std::nearbyint(dropout_p * 65536);
-  TORCH_CHECK_VALUE(dropout_p >= 0.0 && dropout_p < 1.0 && t < 65536,
-                    "dropkey_attention: dropout_p must be in [0, 1), got ", dropout_p);
+  const uint32_t t = drop_threshold(dropout_p);
+  TORCH_CHECK_VALUE(t < 65536, "dropkey_attention: dropout_p must be in [0, 1), got ", dropout_p);
   if (dropout_p == 0.0 || (t == 0 && pattern != "span")) return;
   TORCH_CHECK_VALUE(seed_tensor.has_value(),
                     "dropkey_attention: seed must be a 0-d int64 tensor when dropout_p > 0, got None");
   check_tensor(kOp, "seed", *seed_tensor, {}, at::kLong);
   seed = static_cast<uint64_t>(*seed_tensor->const_data_ptr<int64_t>());
-  const KeepMask keep{seed, kPurposeDropKey, 0, static_cast<uint32_t>(t)};
+  const KeepMask keep{seed, kPurposeDropKey, 0, t};
   if (pattern == "span") {
-    span = std::max<int64_t>(
-        0, std::min(p.Sk - 1, std::max<int64_t>(1, static_cast<int64_t>(dropout_p * static_cast<double>(p.Sk)))));
+    span = span_length(dropout_p, p.Sk);
   } else if (pattern == "column") {
     columns = keep;
   } else {

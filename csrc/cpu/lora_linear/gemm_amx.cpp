@@ -1,17 +1,9 @@
 // gemm.h's register tile on AMX: C (32, 32) as four tiles, depth in steps of 32 bf16.
 // Packed A step: 32 rows of 64 bytes. Packed B step: two tiles of 16 columns, each [16 depth pairs][16 columns][2].
-#include <immintrin.h>
-
-#include <cstdint>
-
+#if defined(__x86_64__) && defined(__linux__)
 #include "gemm.h"
 
-#if defined(__clang__)
-#pragma clang attribute push( \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16"))), apply_to = function)
-#else
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16")
-#endif
+#include "../common/target_amx.h"
 
 #include "../common/transpose16.h"
 
@@ -180,6 +172,5 @@ const GemmKernel* gemm_amx_bf16() { return &kKernel; }
 
 }  // namespace lorasp
 
-#if defined(__clang__)
-#pragma clang attribute pop
+#include "../common/target_end.h"
 #endif

@@ -1,17 +1,9 @@
 // gemm.h's register tile on AVX-512: C (8, 48) in 24 registers. A depth step is one 32-bit lane: one float, or a pair
 // of bf16 for vdpbf16ps. Packed A step: 8 lanes. Packed B step: 48 lanes.
-#include <immintrin.h>
-
-#include <cstdint>
-
+#if defined(__x86_64__)
 #include "gemm.h"
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16"))), \
-                             apply_to = function)
-#else
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
-#endif
+#include "../common/target_avx512_bf16.h"
 
 #include "../common/transpose16.h"
 
@@ -231,6 +223,5 @@ const GemmKernel* gemm_avx512_bf16() { return &kBf16; }
 
 }  // namespace lorasp
 
-#if defined(__clang__)
-#pragma clang attribute pop
+#include "../common/target_end.h"
 #endif

@@ -1,13 +1,7 @@
-// The skinny products in terms of vector lanes. Included once per instruction set. A Dot says how elements are loaded,
-// paired and multiplied: kPair elements along the reduced dimension share one 32-bit lane; products are summed in fp32.
+// The skinny products in terms of vector lanes. Included once per instruction set, after its simd_*.h. A Dot says how
+// elements are loaded, paired and multiplied: kPair elements along the reduced dimension share one 32-bit lane;
+// products are summed in fp32.
 #pragma once
-#if defined(LORASP_AVX512)
-#include "../common/simd_avx512.h"
-#elif defined(LORASP_AVX2)
-#include "../common/simd_avx2.h"
-#else
-#include "../common/simd_portable.h"
-#endif
 
 namespace lorasp::LORASP_ISA {
 namespace {
