@@ -1,6 +1,9 @@
 # Every target sets up what it needs in .venv, from nothing: Python 3.10+, and a C++ compiler if there is one.
 PYTHON ?= python3
 VENV ?= .venv
+# A module is compiled when it is first imported: most of these packages never are, and to compile them all takes as long
+# as to unpack them.
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
 OUT ?= benchmarks/results
 GPU_JOBS ?= 6
 TESTS ?= tests
@@ -18,8 +21,8 @@ $(BIN)/python:
 
 $(VENV)/.installed: $(SOURCES) | $(BIN)/python
 	@echo "== setting up $(VENV) (a few minutes the first time)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" 'setuptools>=77' wheel ninja pybind11 numpy
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[triton,build,demo,test]'
+	$(PIP) "$(TORCH)" 'setuptools>=77' wheel ninja pybind11 numpy
+	$(PIP) --no-build-isolation -e '.[triton,build,demo,test]'
 	@touch $@
 
 demo: $(VENV)/.installed
@@ -80,7 +83,7 @@ gpu-rehearsal:
 	$(PYTHON) tests/idle_gpu/run.py -m pytest -q -m gpu -rfE $(TESTS)
 
 $(VENV)/.linters: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'ruff>=0.9' 'clang-format>=19'
+	$(PIP) 'ruff>=0.9' 'clang-format>=19'
 	@touch $@
 
 lint: $(VENV)/.linters

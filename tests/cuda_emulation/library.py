@@ -47,11 +47,12 @@ def load(name: str, *patches: tuple[str, str, str], torch_too: bool = False) -> 
     for source in sources:
         state.update(source.read_bytes())
     library = ROOT / "build" / "cuda_emulation" / f"{name}-{state.hexdigest()[:16]}.so"
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with (library.parent / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # pytest's workers build each library once
-        if not library.exists():
-            build(found, flags, name, patches, library)
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with library.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # pytest's workers build each library once
+            if not library.exists():
+                build(found, flags, name, patches, library)
     return ctypes.CDLL(str(library))
 
 
