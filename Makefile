@@ -1,9 +1,7 @@
 # Every target sets up what it needs in .venv, from nothing: Python 3.10+, and a C++ compiler if there is one.
 PYTHON ?= python3
 VENV ?= .venv
-# A module is compiled when it is first imported: most of these packages never are, and to compile them all takes as long
-# as to unpack them.
-PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 OUT ?= benchmarks/results
 GPU_JOBS ?= 6
 TESTS ?= tests
