@@ -11,10 +11,10 @@ PARTIAL = [kind for kind in ACTIVE_SHAPES if kind != "everything"]
 NAMES = ("param", "exp_avg", "exp_avg_sq", "steps")
 
 
-def run(step, dtype, kind, hyper, *, values=None, taken=0, poison=False, shift=0) -> list[torch.Tensor]:
+def run(step, dtype, kind, hyper, *, values=None, taken=0, poison=False, shift=0, size=(P, Q)) -> list[torch.Tensor]:
     """param, exp_avg, exp_avg_sq, steps after three steps over changing selections, what rests the same to the bit.
 
-    values: dtype of the numbers; shift: elements behind a multiple of 16 bytes.
+    values: dtype of the numbers; shift: elements behind a multiple of 16 bytes; size: of the parameter.
     """
 
     def placed(tensor):
@@ -22,13 +22,14 @@ def run(step, dtype, kind, hyper, *, values=None, taken=0, poison=False, shift=0
         return room[shift:].view(tensor.shape).copy_(tensor)
 
     generator, shape = torch.Generator().manual_seed(1), ACTIVE_SHAPES[kind]
-    normal = lambda: torch.randn(P, Q, generator=generator).to(values or dtype).to(dtype)  # noqa: E731
-    tensors = [placed(tensor) for tensor in (normal(), torch.zeros(P, Q).to(dtype), torch.zeros(P, Q).to(dtype))]
+    shape = shape and tuple(full if one > 1 else 1 for one, full in zip(shape, size, strict=True))
+    normal = lambda: torch.randn(size, generator=generator).to(values or dtype).to(dtype)  # noqa: E731
+    tensors = [placed(tensor) for tensor in (normal(), *torch.zeros(2, *size, dtype=dtype))]
     steps = placed(torch.randint(taken, taken + 3, shape or (1,), generator=generator, dtype=torch.int32))
     for _ in range(3):
         grad = placed(normal())
         active = None if shape is None else placed(torch.rand(shape, generator=generator) < 0.5)
-        resting = torch.zeros(P, Q, dtype=torch.bool) if shape is None else ~active.expand(P, Q)
+        resting = torch.zeros(size, dtype=torch.bool) if shape is None else ~active.expand(size)
         before = [tensor.clone() for tensor in (*tensors, steps)]
         if poison:
             grad.masked_fill_(resting, torch.nan)

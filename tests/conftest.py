@@ -5,8 +5,10 @@ import sys
 
 import pytest
 
-# Two cores and two pytest workers: a second OpenMP thread per worker would only fight for a core.
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+# Two cores and two pytest workers: a second OpenMP thread per worker would only fight for a core, spinning. Nothing is
+# set for the process that starts the workers: they would inherit it.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import torch

@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 
 import lorasp
 from lorasp import testing
-from lorasp.testing.lora_update import Case, check_case
+from lorasp.testing.lora_update import Case, check_case, make_inputs, run
 
 _C = pytest.importorskip("lorasp._C", reason="the C++ extension is not built: the reference is in charge")
 
@@ -49,6 +49,22 @@ def test_sizes_and_what_is_asked_for(poisoned, dtype):
             masters = dtype != torch.float32 and number % 2 == 0
             for result in check_case(Case(*shape, dtype, masters=masters, **switches, seed=3), "cpp"):
                 assert result.ok, result
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bitwise_repeatable_at_any_thread_count(poisoned, dtype, count):
+    case, before = Case(300, 520, 260, 16, dtype, dropout_p=0.1), torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        for result in check_case(case, "cpp"):
+            assert result.ok, result
+        inputs = make_inputs(case)
+        with lorasp.use_backend("cpp"):
+            once, again = run(inputs, case), run(inputs, case)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(once[name], again[name]) for name in once)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -65,6 +65,17 @@ class TestRawOp:
 
 
 @pytest.mark.skipif(registry.available_backends()["cpp"] is not None, reason="the C++ extension is not built")
+@pytest.mark.parametrize("kind", ACTIVE_SHAPES)
+def test_same_bits_at_any_thread_count(kind):
+    before, outputs = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        outputs.append(run(step_ops["cpp"], torch.bfloat16, kind, HYPER, size=(301, 403)))
+    torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for others in outputs[1:] for one, other in zip(outputs[0], others, strict=True))
+
+
+@pytest.mark.skipif(registry.available_backends()["cpp"] is not None, reason="the C++ extension is not built")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
