@@ -41,6 +41,21 @@ def as_if_alone():
         torch._dynamo.reset()
 
 
+_ended_groups = []
+
+
+@pytest.fixture
+def process_group():
+    """This process alone, as torch.distributed's default group."""
+    distributed = torch.distributed
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    # gloo's destructor waits for its threads and holds the GIL, for which one of them may wait, as it does where a
+    # collective's last reference is its own. At the end of the process none has anything left to do.
+    _ended_groups.extend(distributed.distributed_c10d._world.pg_map)
+    distributed.destroy_process_group()
+
+
 @pytest.fixture
 def poisoned_memory():
     """torch.empty returns NaN: whoever reads memory before writing it is found out."""

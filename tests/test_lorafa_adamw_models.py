@@ -111,14 +111,6 @@ def test_a_closure_is_called_with_gradients_on():
     assert changed(before, model)
 
 
-@pytest.fixture
-def process_group():
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 def test_a_sharded_B(process_group):
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DeviceMesh

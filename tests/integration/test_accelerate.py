@@ -404,11 +404,3 @@ def test_a_wrapped_model(process_group):
         with pytest.raises(ValueError, match=f"{function.__name__}: model must not be wrapped in Distributed"):
             function(wrapped)
     assert accelerate(torch.compile(model)).accelerated == tuple(f"base_model.model.{name}" for name in LAYERS)
-
-
-@pytest.fixture
-def process_group():
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()

@@ -191,10 +191,3 @@ def test_fully_shard_before_or_after(order, process_group):
             assert torch.equal(sharded.grad.full_tensor(), expected.grad), name
     saved = [saved_bytes(lambda m=m: m(**batch(m)), exclude=m) for m in (ours, plain)]
     assert saved[0] == saved[1]
-
-
-@pytest.fixture
-def process_group():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()

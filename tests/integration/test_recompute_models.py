@@ -173,16 +173,12 @@ def test_4bit_layers():
         )
 
 
-def test_distributed_data_parallel(tmp_path):
+def test_distributed_data_parallel(process_group):
     model, data = build(hf_models.llama).train(), batch(hf_models.llama)
     inject(model, LoRAConfig(r=R, target_modules="all-linear", init_lora_weights=False, lora_dropout=0.1))
     expected = loss_and_gradients(model, data)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        wrapped = nn.parallel.DistributedDataParallel(model)
-        for mode in MODES:
-            assert recompute_mlp(wrapped, mode).recomputed
-            found = loss_and_gradients(wrapped, data)
-            assert_same({name.removeprefix("module."): tensor for name, tensor in found.items()}, expected)
-    finally:
-        torch.distributed.destroy_process_group()
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    for mode in MODES:
+        assert recompute_mlp(wrapped, mode).recomputed
+        found = loss_and_gradients(wrapped, data)
+        assert_same({name.removeprefix("module."): tensor for name, tensor in found.items()}, expected)
