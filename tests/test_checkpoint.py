@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -378,6 +379,32 @@ def test_a_killed_save_leaves_the_old_adapter_or_the_new_one(new, tmp_path):
     assert not killed
     assert seen == sorted(seen)
     assert set(seen) == {0, 1}
+
+
+@pytest.mark.parametrize("times", [1, 2, 7])
+def test_a_save_ends_however_often_others_tidy_its_files_away(times, tmp_path, monkeypatch):
+    """Processes that save to one folder take each other's drafts for what a killed save left."""
+    replace, tidied = os.replace, []
+
+    def after_somebody_else(source, target):
+        if tidied.count(target) < times:
+            tidied.append(target)
+            os.unlink(source)
+        replace(source, target)
+
+    save_adapter(adapted(seed=1), tmp_path)
+    monkeypatch.setattr(os, "replace", after_somebody_else)
+    save_adapter(model := adapted(seed=2), tmp_path)
+    assert len(tidied) == 3 * times
+    load_adapter(fresh := Model(), tmp_path)
+    assert torch.equal(outputs(fresh), outputs(model))
+    assert sorted(os.listdir(tmp_path)) == [CONFIG_NAME, WEIGHTS_NAME]
+
+
+def test_a_save_into_a_folder_that_goes_away_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "replace", lambda source, target: shutil.rmtree(tmp_path / "gone") or os.stat(source))
+    with pytest.raises(FileNotFoundError, match=r"save_adapter: cannot write to .*gone: No such file"):
+        save_adapter(adapted(), tmp_path / "gone")
 
 
 def test_a_first_save_that_is_killed_leaves_nothing_that_loads_wrongly(tmp_path):

@@ -163,12 +163,13 @@ def _modified(file: Path) -> float:
 
 
 def _rename(source: Path, target: Path, data: bytes, draft: Path) -> None:
-    """source, which holds data, becomes target; where another process has tidied it away it is written again."""
-    try:
-        os.replace(source, target)
-    except FileNotFoundError:
-        _write_durably(draft, data)
-        os.replace(draft, target)
+    """source, which holds data, becomes target; as often as another process has tidied it away it is written again."""
+    while True:
+        try:
+            return os.replace(source, target)
+        except FileNotFoundError:
+            _write_durably(draft, data)  # raises it where the folder is what is gone
+            source = draft
 
 
 def _write_durably(file: Path, data: bytes) -> None:

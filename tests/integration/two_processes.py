@@ -5,6 +5,7 @@ they need and forks. Each process appends a JSON line per check, its name and wh
 """
 
 import datetime
+import faulthandler
 import importlib
 import json
 import os
@@ -37,6 +38,7 @@ def run(rank: int, checks: dict, folder: Path) -> None:
 
 
 def main(folder: str, *modules: str) -> int:
+    faulthandler.enable()
     checks = {name: check for module in modules for name, check in importlib.import_module(module).CHECKS.items()}
     children = []
     for rank in range(WORLD):
@@ -49,7 +51,9 @@ def main(folder: str, *modules: str) -> int:
                 os._exit(1)
             os._exit(0)
         children.append(child)
-    return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    print(f"exit statuses by rank: {statuses}", flush=True)
+    return int(any(statuses))
 
 
 if __name__ == "__main__":
